@@ -1,0 +1,68 @@
+"""Which engine is asked for: per env or loss, per block of code, per process."""
+
+from __future__ import annotations
+
+import os
+from contextvars import ContextVar
+
+__all__ = ["BACKENDS", "backend", "check_name", "requested"]
+
+BACKENDS = ("auto", "fused", "captured", "eager")
+
+_override: ContextVar[str | None] = ContextVar("fastwm_backend", default=None)
+
+
+def check_name(name: str) -> str:
+    """Return ``name``; raise ValueError when it is no backend's."""
+    if name not in BACKENDS:
+        raise ValueError(f"Unknown backend {name!r}; choose one of {', '.join(BACKENDS)}.")
+    return name
+
+
+class backend:
+    """Ask for an engine within a block: ``with fastwm.backend("eager"): ...``.
+
+    The innermost block wins, then the ``backend=`` of the env or loss when it is not ``"auto"``, then
+    the environment variable ``FASTWM_BACKEND``, then ``"auto"``: the fastest engine that can run.
+
+    Args:
+        name: ``"auto"``, ``"fused"``, ``"captured"`` or ``"eager"``.
+
+    Raises:
+        ValueError: unknown name.
+
+    Example:
+        >>> import fastwm
+        >>> with fastwm.backend("eager"):
+        ...     print(fastwm.requested_backend("captured"))
+        eager
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = check_name(name)
+
+    def __enter__(self) -> backend:
+        self._token = _override.set(self.name)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _override.reset(self._token)
+
+
+def requested(own: str = "auto") -> str:
+    """The backend in force for an object whose own setting is ``own``.
+
+    Raises:
+        ValueError: ``FASTWM_BACKEND`` holds an unknown name.
+    """
+    override = _override.get()
+    if override is not None:
+        return override
+    if own != "auto":
+        return own
+    named = os.environ.get("FASTWM_BACKEND")
+    if named is None:
+        return "auto"
+    if named not in BACKENDS:
+        raise ValueError(f"FASTWM_BACKEND={named!r}; choose one of {', '.join(BACKENDS)}.")
+    return named

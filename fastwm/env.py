@@ -1,0 +1,384 @@
+"""`WorldModelEnv`: a world model as a TorchRL environment, stepped in latent space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey, unravel_key
+from torchrl.data import Composite, ReplayBuffer, TensorSpec
+from torchrl.envs import EnvBase
+from torchrl.envs.model_based import ModelBasedEnvBase
+
+from fastwm.backends import check_name
+from fastwm.specs import (
+    next_key,
+    probe_encoder,
+    rebatch,
+    step_keys,
+    unbounded,
+    with_leaf,
+)
+
+__all__ = ["WorldModelEnv"]
+
+InitialState = TensorDictBase | ReplayBuffer | Callable[[torch.Size], TensorDictBase]
+
+
+class WorldModelEnv(ModelBasedEnvBase):
+    """A world model as an environment that imagines: ``reset``, ``step``, ``rollout`` in latent space.
+
+    A drop-in for ``torchrl.envs.WorldModelEnv``. Only :meth:`rollout` differs in how it runs: the
+    whole horizon goes to the fastest engine that can take it (see ``backend``), with the values,
+    keys, shapes and random numbers of the step-by-step path.
+
+    Every key that the step reads and also writes under ``"next"`` is carried from step to step (one
+    latent, or several, as a recurrent state-space model's state and belief). A key that is only read
+    is context and stays constant.
+
+    Args:
+        world_model: anything with ``step_module`` (a TensorDict module) and, for ``initial_state`` made
+            of observations, ``encode``: :class:`fastwm.WorldModel` or torchrl's own.
+        base_env: the env whose action, reward and done specs are taken; it is never stepped. Its batch
+            dims are replaced by this env's, so rewards are ``[*batch_size, 1]``.
+
+    Keyword Args:
+        observation_spec: what the env exposes. Carried latents that it lacks are added. Default: the
+            carried latents, shapes taken from ``base_env``'s specs where it has the key, else from the
+            encoder, else from the first data seen.
+        batch_size: default ``base_env.batch_size``, ``[1]`` when that is empty. With ``[]`` the env takes
+            tensordicts of any batch size (planners want this). Extra *leading* dims are always accepted.
+        device: default ``base_env.device``. The step module is moved there.
+        latent_key: the main latent. Default ``"latent"``.
+        done_threshold: a floating-point done flag ``p`` counts as done where ``p > done_threshold``.
+            Integers count where nonzero. Default 0.5.
+        initial_state: where :meth:`reset` without a tensordict takes its start from: a TensorDict of batch
+            ``[*batch_size]`` (or ``[]``), a callable ``(batch_size) -> TensorDict``, or a replay buffer of
+            real observations, sampled and encoded. With it, finished rows restart in non-stop rollouts.
+        backend: ``"auto"`` (the fastest engine that can run), ``"fused"``, ``"captured"`` or ``"eager"``.
+            :class:`fastwm.backend` and the variable ``FASTWM_BACKEND`` choose for a block or a process.
+
+    Raises:
+        ValueError: the step reads ``latent_key`` but never writes it under ``"next"``, so that it could
+            never advance; or an unknown ``backend``.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule as Mod
+        >>> from torchrl.envs import PendulumEnv, TransformedEnv, CatTensors
+        >>> from torchrl.modules import MLP
+        >>> import fastwm
+        >>> base_env = TransformedEnv(PendulumEnv(), CatTensors(["th", "thdot"], "observation",
+        ...     del_keys=False, unsqueeze_if_oor=True))
+        >>> world_model = fastwm.WorldModel(
+        ...     Mod(torch.nn.Linear(2, 4), in_keys=["observation"], out_keys=["latent"]),
+        ...     Mod(MLP(5, 4, num_cells=[]), in_keys=["latent", "action"], out_keys=[("next", "latent")]),
+        ...     Mod(torch.nn.Linear(4, 1), in_keys=[("next", "latent")], out_keys=[("next", "reward")]),
+        ... )
+        >>> env = fastwm.WorldModelEnv(world_model, base_env, batch_size=[3])
+        >>> policy = Mod(torch.nn.Linear(4, 1), in_keys=["latent"], out_keys=["action"])
+        >>> start = TensorDict({"latent": torch.randn(3, 4)}, [3])
+        >>> rollout = env.rollout(5, policy, tensordict=start)
+        >>> rollout.shape, rollout["next", "reward"].shape
+        (torch.Size([3, 5]), torch.Size([3, 5, 1]))
+
+    Source: TorchRL 0.14's ``WorldModelEnv``; its rollout contract is ``torchrl.envs.EnvBase.rollout``.
+    """
+
+    # reset(set_state=True) is what this env always does with a latent it is given.
+    _supports_set_state = True
+
+    def __init__(
+        self,
+        world_model: torch.nn.Module,
+        base_env: EnvBase,
+        *,
+        observation_spec: Composite | None = None,
+        batch_size: int | torch.Size | Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+        latent_key: NestedKey = "latent",
+        done_threshold: float = 0.5,
+        initial_state: InitialState | None = None,
+        backend: str = "auto",
+    ) -> None:
+        check_name(backend)
+        if batch_size is None:
+            batch_size = base_env.batch_size if base_env.batch_dims else torch.Size([1])
+        batch_size = torch.Size([batch_size] if isinstance(batch_size, int) else batch_size)
+        super().__init__(
+            world_model.step_module,
+            device=base_env.device if device is None else device,
+            batch_size=batch_size,
+            # An imagined trajectory may be done from its first step.
+            allow_done_after_reset=True,
+        )
+        self._world_model = world_model
+        self.latent_key = unravel_key(latent_key)
+        self.done_threshold = done_threshold
+        self.initial_state = initial_state
+        self.backend = backend
+
+        def taken(spec: TensorSpec) -> TensorSpec:
+            spec = rebatch(spec, base_env.batch_dims, self.batch_size)
+            return spec if self.device is None else spec.to(self.device)
+
+        self.full_action_spec = taken(base_env.full_action_spec)
+        self.full_reward_spec = taken(base_env.full_reward_spec)
+        self.full_done_spec = taken(base_env.full_done_spec)
+
+        self.step_keys = step_keys(self.world_model, list(self.full_action_spec.keys(True, True)))
+        if self.latent_key in self.step_keys.context:
+            raise ValueError(
+                f"The step reads the latent {self.latent_key!r} but writes no {next_key(self.latent_key)!r}: "
+                f"the latent would never advance. The step writes {list(self.world_model.out_keys)}."
+            )
+        known = taken(Composite(
+            {**dict(base_env.full_state_spec.items()), **dict(base_env.full_observation_spec.items())},
+            shape=base_env.batch_size,
+        ))  # fmt: skip
+        self._set_latent_specs(observation_spec, known, base_env)
+
+    # ---------------------------------------------------------------- specs
+
+    def _set_latent_specs(
+        self, observation_spec: Composite | None, known: Composite, base_env: EnvBase
+    ) -> None:
+        if observation_spec is None:
+            observation = Composite(shape=self.batch_size, device=self.device)
+        else:
+            observation = observation_spec.clone()
+        state = Composite(shape=self.batch_size, device=self.device)
+        self._keys_without_spec: tuple[NestedKey, ...] = ()
+        given = set(observation.keys(True, True))
+        in_base = set(known.keys(True, True))
+        encoded: TensorDictBase | None = None
+        probed = False
+        missing = []
+        for key in self.step_keys.required:
+            if key in given:
+                leaf = observation[key]
+            elif key in in_base:
+                leaf = known[key]
+            else:
+                if not probed:
+                    encoded, probed = probe_encoder(self._world_model, base_env, self.device), True
+                value = None if encoded is None else encoded.get(key, None)
+                if value is None:
+                    missing.append(key)
+                    continue
+                leaf = unbounded(value, 1, self.batch_size, self.device)
+            with_leaf(state, key, leaf.clone())
+            if key in self.step_keys.carried and key not in given:
+                with_leaf(observation, key, leaf)
+        self.observation_spec = observation
+        self.state_spec = state
+        self._keys_without_spec = tuple(missing)
+
+    def _complete_specs(self, tensordict: TensorDictBase) -> None:
+        """Take the specs that nothing told us at construction from the first data seen."""
+        found = [k for k in self._keys_without_spec if tensordict.get(k, None) is not None]
+        if not found:
+            return
+        observation, state = self.full_observation_spec.clone(), self.full_state_spec.clone()
+        for key in found:
+            leaf = unbounded(
+                tensordict.get(key), tensordict.batch_dims, self.batch_size, self.device
+            )
+            with_leaf(state, key, leaf)
+            if key in self.step_keys.carried:
+                with_leaf(observation, key, leaf.clone())
+        self.observation_spec, self.state_spec = observation, state
+        self._keys_without_spec = tuple(k for k in self._keys_without_spec if k not in found)
+        self.empty_cache()
+
+    def _leading(self, batch_size: torch.Size) -> torch.Size:
+        """The dims of a batch that stand before this env's own."""
+        dims = len(self.batch_size)
+        return torch.Size(batch_size[: len(batch_size) - dims])
+
+    def _assert_tensordict_shape(self, tensordict: TensorDictBase) -> None:
+        dims = len(self.batch_size)
+        if dims and tensordict.batch_size[-dims:] != self.batch_size:
+            raise RuntimeError(
+                "Expected a tensordict with shape==env.batch_size (extra leading dims are accepted), "
+                f"got {tensordict.batch_size} and {self.batch_size}"
+            )
+
+    # ---------------------------------------------------------------- step
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        inputs = tensordict.copy()
+        # A "next" left over from another step is not this step's prediction.
+        inputs.pop("next", None)
+        predicted = self.world_model(inputs).get("next", None)
+        if predicted is None:
+            predicted = TensorDict({}, batch_size=tensordict.batch_size, device=self.device)
+        out = TensorDict({}, batch_size=tensordict.batch_size, device=self.device)
+        for key in self.full_observation_spec.keys(True, True):
+            value = predicted.get(key, None)
+            if value is not None:
+                out.set(key, value)
+        lead = self._leading(tensordict.batch_size)
+        for key in self.full_reward_spec.keys(True, True):
+            spec = self.full_reward_spec[key]
+            value = predicted.get(key, None)
+            out.set(key, spec.zero(lead) if value is None else _as_shape(key, value, spec, lead))
+        self._set_done(predicted, out, lead)
+        return out
+
+    def _set_done(self, predicted: TensorDictBase, out: TensorDictBase, lead: torch.Size) -> None:
+        """Write every done flag of the spec, completing within each group what the model left out.
+
+        ``done = terminated | truncated`` holds as far as the model leaves it open; with none of the
+        three predicted, all are False.
+        """
+        for group in self.done_keys_groups:
+            flags: dict[str, torch.Tensor] = {}
+            for key in group:
+                value = predicted.get(key, None)
+                if value is not None:
+                    flag = self._as_flag(value)
+                    flags[_leaf(key)] = _as_shape(key, flag, self.full_done_spec[key], lead)
+            done, terminated, truncated = map(flags.get, ("done", "terminated", "truncated"))
+            if done is None and (terminated is not None or truncated is not None):
+                parts = [flag for flag in (terminated, truncated) if flag is not None]
+                flags["done"] = parts[0] | parts[1] if len(parts) == 2 else parts[0].clone()
+            if terminated is None and done is not None:
+                flags["terminated"] = done.clone() if truncated is None else done & ~truncated
+            for key in group:
+                flag = flags.get(_leaf(key))
+                out.set(key, self.full_done_spec[key].zero(lead) if flag is None else flag)
+
+    def _as_flag(self, value: torch.Tensor) -> torch.Tensor:
+        if value.dtype is torch.bool:
+            return value
+        if value.is_floating_point():
+            return value > self.done_threshold
+        return value != 0
+
+    # ---------------------------------------------------------------- reset
+
+    def _resolve_set_state(
+        self, set_state: bool | None, tensordict: TensorDictBase | None, select_reset_only: bool
+    ) -> bool | None:
+        if set_state and select_reset_only:
+            raise ValueError(
+                "set_state=True is incompatible with select_reset_only=True: the latter strips "
+                "the latent from the input tensordict before reset."
+            )
+        # None keeps upstream's contract: the latent in the tensordict is the start.
+        return set_state
+
+    def _reset(
+        self,
+        tensordict: TensorDictBase | None = None,
+        *,
+        set_state: bool | None = None,
+        **kwargs: Any,
+    ) -> TensorDictBase:
+        absent = self._absent_keys(tensordict)
+        if not absent and set_state is not False:
+            start = tensordict.copy()
+            start.pop("next", None)
+        elif self.initial_state is not None and set_state is not True:
+            start = self._draw_initial_state(
+                self.batch_size if tensordict is None else tensordict.batch_size
+            )
+            absent = self._absent_keys(start)
+            if absent:
+                raise RuntimeError(
+                    f"initial_state gave no {absent[0]!r}, which the step reads; "
+                    f"it gave {sorted(map(str, start.keys(True, True)))}."
+                )
+        else:
+            key = absent[0] if absent else self.latent_key
+            raise RuntimeError(
+                f"WorldModelEnv.reset requires a tensordict carrying the initial latent under key {key!r}. "
+                "Encode a real observation with `world_model.encode(obs_td)` and pass the result as "
+                "`tensordict=` to `env.reset(...)` or `env.rollout(...)`, or give the env `initial_state=`."
+            )
+        self._complete_specs(start)
+        self._check_latents(start)
+        lead = self._leading(start.batch_size)
+        zero_done = self.full_done_spec.zero(lead)
+        for key in self.full_done_spec.keys(True, True):
+            start.set(key, zero_done.get(key))
+        return start
+
+    def _absent_keys(self, tensordict: TensorDictBase | None) -> list[NestedKey]:
+        required = self.step_keys.required or (self.latent_key,)
+        if tensordict is None:
+            return list(required)
+        return [key for key in required if tensordict.get(key, None) is None]
+
+    def _check_latents(self, tensordict: TensorDictBase) -> None:
+        spec = self.full_state_spec
+        lead = self._leading(tensordict.batch_size)
+        for key in self.step_keys.required:
+            if key in self._keys_without_spec:
+                continue
+            got, want = tensordict.get(key).shape, torch.Size([*lead, *spec[key].shape])
+            if got != want:
+                raise RuntimeError(
+                    f"The start's {key!r} has shape {tuple(got)}, the env expects {tuple(want)}."
+                )
+
+    def _draw_initial_state(self, batch_size: torch.Size) -> TensorDictBase:
+        source = self.initial_state
+        if isinstance(source, TensorDictBase):
+            drawn = source
+        elif isinstance(source, ReplayBuffer):
+            drawn = source.sample(batch_size.numel()).reshape(batch_size)
+        else:
+            drawn = source(batch_size)
+        if drawn.batch_size != batch_size:
+            if drawn.batch_size.numel() != 1:
+                raise RuntimeError(
+                    f"initial_state has batch size {tuple(drawn.batch_size)}, "
+                    f"the env needs {tuple(batch_size)}."
+                )
+            drawn = drawn.reshape(()).expand(batch_size)
+        if self.device is not None:
+            drawn = drawn.to(self.device)
+        drawn = drawn.copy()
+        if self._absent_keys(drawn):
+            # Real observations: their latent is the encoder's.
+            drawn = self._world_model.encode(drawn)
+        return drawn.select(*self.step_keys.required, strict=False).clone()
+
+    def maybe_reset(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Restart finished rows from ``initial_state``; without one, imagination goes on."""
+        if self.initial_state is None:
+            return tensordict
+        return super().maybe_reset(tensordict)
+
+    def rand_action(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:
+        """Random actions of the action spec, ``[*lead, *batch_size, *A]``, written into ``tensordict``."""
+        if tensordict is None:
+            return self.full_action_spec.rand()
+        self._assert_tensordict_shape(tensordict)
+        return tensordict.update(self.full_action_spec.rand(self._leading(tensordict.batch_size)))
+
+    def _set_seed(self, seed: int | None) -> None:
+        """Nothing to seed: an imagined env draws from torch's global generator."""
+
+
+def _leaf(key: NestedKey) -> str:
+    return key if isinstance(key, str) else key[-1]
+
+
+def _as_shape(
+    key: NestedKey, value: torch.Tensor, spec: TensorSpec, lead: torch.Size
+) -> torch.Tensor:
+    shape = torch.Size([*lead, *spec.shape])
+    if value.shape == shape:
+        return value
+    if value.numel() != shape.numel():
+        raise RuntimeError(
+            f"The world model wrote {next_key(key)!r} of shape {tuple(value.shape)}, "
+            f"the spec says {tuple(shape)}."
+        )
+    return value.reshape(shape)
