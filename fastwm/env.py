@@ -308,6 +308,37 @@ class WorldModelEnv(ModelBasedEnvBase):
             start.set(key, zero_done.get(key))
         return start
 
+    def _reset_proc_data(
+        self, tensordict: TensorDictBase | None, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        """Write the reset data into the caller's tensordict, as every env does.
+
+        Upstream writes only into the groups that hold done flags. Where the root holds none, a
+        latent outside those groups would be lost, and a group that the caller left out raises.
+        """
+        if tensordict is None or "_reset" in self.reset_keys:
+            return super()._reset_proc_data(tensordict, tensordict_reset)
+        groups = [key[:-1] for key in self.reset_keys]
+        rows = None  # which rows restart: those of which every group restarts
+        for key, group in zip(self.reset_keys, groups, strict=True):
+            if tensordict.get(group, None) is None:
+                tensordict.set(group, tensordict_reset.get(group).empty())
+            mask = tensordict.get(key, None)
+            if mask is not None:
+                mask = mask.reshape(*tensordict.batch_size, -1).all(-1)
+                rows = mask if rows is None else rows & mask
+        out = super()._reset_proc_data(tensordict, tensordict_reset)
+        for key, value in tensordict_reset.items(True, True):
+            key = unravel_key(key)
+            if any(key[: len(group)] == group for group in groups if isinstance(key, tuple)):
+                continue
+            old = out.get(key, None)
+            if rows is not None and old is not None:
+                mask = rows.reshape(rows.shape + (1,) * (value.ndim - rows.ndim))
+                value = torch.where(mask, value, old)
+            out.set(key, value)
+        return out
+
     def _absent_keys(self, tensordict: TensorDictBase | None) -> list[NestedKey]:
         required = self.step_keys.required or (self.latent_key,)
         if tensordict is None:

@@ -1,13 +1,14 @@
 """Small world models, actors and spec-only base envs that the tests share.
 
-Every builder is deterministic under ``torch.manual_seed`` and takes ``cls`` (fastwm's ``WorldModel`` or
-torchrl's), so that one test body can run on both. ``CASES`` names one :class:`Case` builder per family.
+Every builder is deterministic under ``torch.manual_seed`` and takes ``cls`` (fastwm's ``WorldModel``
+or torchrl's), so that one test body can run on both. ``CASES`` names one :class:`Case` per family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def spec_env(
     dtype: torch.dtype = torch.float32,
     device: Any = None,
 ) -> SpecEnv:
-    """Flat specs: ``observation [O]`` (and ``latent [Z]`` on request), ``action [A]``, ``reward [1]``."""
+    """Flat specs: ``observation [O]``, on request ``latent [Z]``, ``action [A]``, ``reward [1]``."""
     observation = Composite(observation=Unbounded((obs,), dtype=dtype))
     if latent is not None:
         observation["latent"] = Unbounded((latent,), dtype=dtype)
@@ -110,7 +111,7 @@ def nested_spec_env(batch_size: Sequence[int] = ()) -> SpecEnv:
 
 
 def multi_agent_spec_env(batch_size: Sequence[int] = (), *, agent_done: bool = True) -> SpecEnv:
-    """An ``agents`` group with a trailing agent dim, ``[*B, N, ...]``, and a ``done`` at the root."""
+    """An ``agents`` group with a trailing agent dim, ``[*B, N, ...]``; ``done`` at the root, too."""
     done = Composite(done=flag(), terminated=flag())
     if agent_done:
         done["agents"] = Composite(done=flag(AGENTS), terminated=flag(AGENTS), shape=(AGENTS,))
@@ -144,7 +145,7 @@ class CatMLP(nn.Module):
         super().__init__()
         sizes = [in_features, *[hidden] * depth]
         layers: list[nn.Module] = []
-        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for n_in, n_out in pairwise(sizes):
             layers += [nn.Linear(n_in, n_out), nn.SiLU()]
         self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], out_features))
 
@@ -183,8 +184,11 @@ class RecurrentPrior(nn.Module):
 
     def forward(self, state: Tensor, belief: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         hidden = torch.nn.functional.elu(self.project(torch.cat([state, action], -1)))
-        lead = hidden.shape[:-1]
-        belief = self.rnn(hidden.flatten(0, -2), belief.flatten(0, -2)).unflatten(0, lead)
+        if hidden.ndim <= 2:
+            belief = self.rnn(hidden, belief)
+        else:  # a GRU cell takes one batch dim
+            lead = hidden.shape[:-1]
+            belief = self.rnn(hidden.flatten(0, -2), belief.flatten(0, -2)).unflatten(0, lead)
         mean, std = self.to_state(belief)
         return (mean + std * torch.randn_like(std) if self.sampled else mean), belief
 
@@ -558,7 +562,7 @@ CASES = tuple(_BUILDERS)
 
 
 def make_case(name: str, *, seed: int = 0, cls: Any = fastwm.WorldModel) -> Case:
-    """The case of that name with weights drawn from ``seed``; leaves the global generator as it was."""
+    """The case of that name, weights drawn from ``seed``; the global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         case = _BUILDERS[name](cls)
