@@ -1,7 +1,8 @@
 """Small world models, actors and spec-only base envs that the tests share.
 
-Every builder is deterministic under ``torch.manual_seed`` and takes ``cls`` (fastwm's ``WorldModel``
-or torchrl's), so that one test body can run on both. ``CASES`` names one :class:`Case` per family.
+Every builder is deterministic under ``torch.manual_seed`` and takes ``cls`` (fastwm's
+``WorldModel`` or torchrl's), so that one test body can run on both. ``CASES`` names one
+:class:`Case` per family.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def spec_env(
     dtype: torch.dtype = torch.float32,
     device: Any = None,
 ) -> SpecEnv:
-    """Flat specs: ``observation [O]``, on request ``latent [Z]``, ``action [A]``, ``reward [1]``."""
+    """Flat specs: ``observation [O]``, ``latent [Z]`` if asked for, ``action [A]``, ``reward``."""
     observation = Composite(observation=Unbounded((obs,), dtype=dtype))
     if latent is not None:
         observation["latent"] = Unbounded((latent,), dtype=dtype)
@@ -111,7 +112,7 @@ def nested_spec_env(batch_size: Sequence[int] = ()) -> SpecEnv:
 
 
 def multi_agent_spec_env(batch_size: Sequence[int] = (), *, agent_done: bool = True) -> SpecEnv:
-    """An ``agents`` group with a trailing agent dim, ``[*B, N, ...]``; ``done`` at the root, too."""
+    """An ``agents`` group with a trailing agent dim, ``[*B, N, ...]``; a ``done`` at the root."""
     done = Composite(done=flag(), terminated=flag())
     if agent_done:
         done["agents"] = Composite(done=flag(AGENTS), terminated=flag(AGENTS), shape=(AGENTS,))
@@ -325,9 +326,7 @@ def multi_agent_world_model(cls: Any = fastwm.WorldModel, *, done: str | None = 
     heads = {
         None: None,
         "team": lambda: module(TeamDone(), [("next", *latent)], [("next", "done")]),
-        "agents": lambda: module(
-            AsDone(LATENT), [("next", *latent)], [("next", "agents", "done")]
-        ),
+        "agents": lambda: module(AsDone(LATENT), [("next", *latent)], [("next", "agents", "done")]),
     }
     return cls(
         module(nn.Linear(OBS, LATENT), [("agents", "observation")], [latent]),
