@@ -210,12 +210,15 @@ class WorldModelEnv(ModelBasedEnvBase):
     # ---------------------------------------------------------------- step
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if self._keys_without_spec:  # no reset came before this step
+            self._complete_specs(tensordict)
         inputs = tensordict.copy()
         # A "next" left over from another step is not this step's prediction.
         inputs.pop("next", None)
         predicted = self.world_model(inputs).get("next", None)
         if predicted is None:
             predicted = TensorDict({}, batch_size=tensordict.batch_size, device=self.device)
+        self._check_closes(tensordict, predicted)
         out = TensorDict({}, batch_size=tensordict.batch_size, device=self.device)
         for key in self.full_observation_spec.keys(True, True):
             value = predicted.get(key, None)
@@ -228,6 +231,20 @@ class WorldModelEnv(ModelBasedEnvBase):
             out.set(key, spec.zero(lead) if value is None else _as_shape(key, value, spec, lead))
         self._set_done(predicted, out, lead)
         return out
+
+    def _check_closes(self, tensordict: TensorDictBase, predicted: TensorDictBase) -> None:
+        """A latent that changes shape in a step fails here, not as a matrix product a step later."""
+        for key in self.step_keys.carried:
+            value = predicted.get(key, None)
+            if value is None:
+                continue
+            before, after = tensordict.get(key).shape, value.shape
+            # A spec with dims of -1 is torchrl's way to announce that shapes change.
+            if before != after and -1 not in self.full_observation_spec[key].shape:
+                raise RuntimeError(
+                    f"The step reads {key!r} of shape {tuple(before)} and writes {next_key(key)!r} of "
+                    f"shape {tuple(after)}: it does not close over its latent."
+                )
 
     def _set_done(self, predicted: TensorDictBase, out: TensorDictBase, lead: torch.Size) -> None:
         """Write every done flag of the spec, completing within each group what the model left out.

@@ -51,7 +51,12 @@ def step_keys(step_module: torch.nn.Module, action_keys: list[NestedKey]) -> Ste
 
 
 def rebatch(spec: TensorSpec, batch_dims: int, batch_size: torch.Size) -> TensorSpec:
-    """Replace the leading ``batch_dims`` of a spec by ``batch_size``; trailing dims stay."""
+    """Replace the leading ``batch_dims`` of a spec by ``batch_size``; trailing dims stay.
+
+    A batch that is the spec's own stays as it is, also when it is empty or its rows differ in bounds.
+    """
+    if spec.shape[:batch_dims] == batch_size and batch_dims == len(batch_size):
+        return spec.clone()
     if batch_dims:
         spec = spec[(0,) * batch_dims]
     return spec.expand(torch.Size([*batch_size, *spec.shape])).clone()
@@ -76,8 +81,8 @@ def probe_encoder(world_model: object, base_env: EnvBase, device) -> TensorDictB
         is_lazy(p) for p in [*world_model.parameters(), *world_model.buffers()]
     ):
         return None
-    observation = rebatch(base_env.full_observation_spec, base_env.batch_dims, torch.Size([]))
     try:
+        observation = rebatch(base_env.full_observation_spec, base_env.batch_dims, torch.Size([]))
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             values = {
                 key: torch.zeros((1, *leaf.shape), dtype=leaf.dtype, device=device)
