@@ -567,3 +567,33 @@ def make_case(name: str, *, seed: int = 0, cls: Any = fastwm.WorldModel) -> Case
         case = _BUILDERS[name](cls)
     case.name = name
     return case
+
+
+def plain_rollout(
+    case: Case, start: TensorDict, max_steps: int, policy: Any = None
+) -> dict[NestedKey, Tensor]:
+    """What a rollout that never stops must hold, by a loop over the parts that knows no env.
+
+    Keys: the latents and the context, ``("next", *latent)``, the action, ``("next", *reward)``;
+    each ``[*batch, time, *event]``.
+    """
+    policy = case.policy if policy is None else policy
+    keys: list[NestedKey] = [*case.latents, *case.context, case.action_key]
+    writes = [_next(key) for key in case.latents] + [_next(case.reward_key)]
+    steps: dict[NestedKey, list[Tensor]] = {key: [] for key in [*keys, *writes]}
+    state = start.copy()
+    for _ in range(max_steps):
+        state = case.world_model.step(policy(state))
+        for key in steps:
+            steps[key].append(state.get(key))
+        following = TensorDict({}, start.batch_size)
+        for key in case.latents:
+            following.set(key, state.get(_next(key)))
+        for key in case.context:
+            following.set(key, state.get(key))
+        state = following
+    return {key: torch.stack(values, start.ndim) for key, values in steps.items()}
+
+
+def _next(key: NestedKey) -> NestedKey:
+    return ("next", key) if isinstance(key, str) else ("next", *key)
