@@ -1,0 +1,102 @@
+"""What this machine can do, measured in the same process as the providers, and the floor that follows.
+
+The peak is the best rate of ``torch.mm`` in float32 over a few square sizes. It is what the best matrix product
+at hand reaches, not what the data sheet promises, so a kernel may in principle come out above 100 %.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from fastwm.bench.models import Suite
+from fastwm.bench.problem import Case
+from fastwm.bench.timing import synchronizer
+
+__all__ = ["Floor", "Limits", "floor", "measure"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Measured limits of the machine at one thread count.
+
+    Args:
+        gflops: multiply-adds as two operations, ``torch.mm``.
+        how: the shape that reached it.
+        read_gbs: reading a buffer of the size of the model's weights again and again.
+    """
+
+    gflops: float
+    how: str
+    read_gbs: float
+
+    def to_dict(self) -> dict[str, float | str]:
+        return asdict(self)
+
+
+def _best_seconds(run: Callable[[], object], sync: Callable[[], None], budget_s: float) -> float:
+    run()
+    sync()
+    best, begin = float("inf"), time.perf_counter()
+    while time.perf_counter() - begin < budget_s:
+        at = time.perf_counter()
+        run()
+        sync()
+        best = min(best, time.perf_counter() - at)
+    return best
+
+
+def measure(weight_bytes: int, device: str = "cpu", budget_s: float = 1.2) -> Limits:
+    """Measure both limits in about ``budget_s`` seconds.
+
+    The read rate is the best of a sum, a dot product and a matrix-vector product over a buffer of
+    ``weight_bytes``: at small batches every step has to read all the weights, from whichever cache holds them.
+    """
+    sync = synchronizer(device)
+    sizes = (512, 1024, 2048) if device == "cpu" else (2048, 4096, 8192)
+    gflops, how = 0.0, ""
+    with torch.no_grad():
+        for n in sizes:
+            a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+            out = torch.empty(n, n, device=device)
+
+            def product(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> object:
+                return torch.mm(a, b, out=out)
+
+            rate = 2 * n**3 / _best_seconds(product, sync, budget_s / (2 * len(sizes))) / 1e9
+            if rate > gflops:
+                gflops, how = rate, f"torch.mm float32 {n}x{n}x{n}"
+        columns = 256
+        matrix = torch.randn(max(1, weight_bytes // (4 * columns)), columns, device=device)
+        flat, vector = matrix.view(-1), torch.randn(columns, device=device)
+        reads: tuple[Callable[[], object], ...] = (
+            flat.sum,
+            lambda: torch.dot(flat, flat),
+            lambda: torch.mv(matrix, vector),
+        )
+        seconds = min(_best_seconds(read, sync, budget_s / (2 * len(reads))) for read in reads)
+    return Limits(gflops, how, 4 * flat.numel() / seconds / 1e9)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time a configuration can take: the larger of arithmetic and reading the weights every step."""
+
+    compute_ms: float
+    weights_ms: float
+
+    @property
+    def ms(self) -> float:
+        return max(self.compute_ms, self.weights_ms)
+
+
+def floor(case: Case, suite: Suite, limits: Limits, weight_bytes: int) -> Floor:
+    """Products at the peak; weights read once per step and pass, at the rate of the cache that holds them."""
+    passes = 2 if case.backward else 1
+    return Floor(
+        compute_ms=suite.flop(case.batch, case.horizon, case.backward) / limits.gflops / 1e6,
+        weights_ms=passes * case.horizon * weight_bytes / limits.read_gbs / 1e6,
+    )

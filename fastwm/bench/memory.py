@@ -1,0 +1,123 @@
+"""Peak memory of one call, counted in physical pages, so that nothing can hide: no dispatcher, no profiler.
+
+On Linux the process resets its own high-water mark (``/proc/self/clear_refs``), runs the call, and reads the mark
+again. The C library keeps freed memory in its heap, which would blur this; the worker process that measures is
+therefore started with ``MALLOC_MMAP_THRESHOLD_`` set (:func:`environment`), so that every larger block is mapped on
+its own and given back when it is freed. On CUDA the allocator's own peak counter is read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+__all__ = ["Peak", "environment", "held_bytes", "peak_of", "unmeasurable"]
+
+#: Blocks of this size and more are mapped on their own.
+THRESHOLD = 64 * 1024
+
+_CLEAR = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+def environment() -> dict[str, str]:
+    """Variables that the measuring process must be started with."""
+    return {"MALLOC_MMAP_THRESHOLD_": str(THRESHOLD), "MALLOC_MMAP_MAX_": str(1 << 20)}
+
+
+def unmeasurable(device: str) -> str | None:
+    """Why peaks cannot be measured in this process, or None."""
+    if device.startswith("cuda"):
+        return None
+    if not (_CLEAR.exists() and os.access(_CLEAR, os.W_OK)):
+        return "this system has no writable /proc/self/clear_refs"
+    if os.environ.get("MALLOC_MMAP_THRESHOLD_") != str(THRESHOLD):
+        return "the process was not started with MALLOC_MMAP_THRESHOLD_"
+    return None
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes above what was held before the call: at the worst moment, and by what it returned."""
+
+    peak_bytes: int
+    output_bytes: int
+    how: str
+
+
+def held_bytes(value: Any) -> int:
+    """Bytes of the storages behind a result, each counted once however many views it has."""
+    storages: dict[int, int] = {}
+
+    def visit(item: Any) -> None:
+        if isinstance(item, Tensor):
+            storage = item.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, TensorDictBase):
+            for leaf in item.values(True, True):
+                visit(leaf)
+        elif isinstance(item, dict):
+            for leaf in item.values():
+                visit(leaf)
+        elif isinstance(item, list | tuple):
+            for leaf in item:
+                visit(leaf)
+        elif hasattr(item, "nbytes"):  # an array of another library
+            storages[id(item)] = int(item.nbytes)
+
+    visit(value)
+    return sum(storages.values())
+
+
+def _status(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _give_back() -> None:
+    """Return what the C library holds in reserve, so that it does not count as held before."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def peak_of(run: Callable[[], Any], device: str = "cpu") -> Peak:
+    """Run once to warm up, then measure one more call.
+
+    Args:
+        run: returns everything that it means to keep.
+        device: where its tensors are.
+
+    Raises:
+        RuntimeError: peaks cannot be measured here; see :func:`unmeasurable`.
+    """
+    reason = unmeasurable(device)
+    if reason:
+        raise RuntimeError(f"Peak memory cannot be measured: {reason}.")
+    run()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        kept = run()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated(device) - before
+        return Peak(peak, held_bytes(kept), "torch.cuda.max_memory_allocated")
+    _give_back()
+    _CLEAR.write_text("5")
+    before = _status("VmRSS")
+    kept = run()
+    peak = _status("VmHWM") - before
+    return Peak(peak, held_bytes(kept), "resident high-water mark (VmHWM), large blocks mapped")

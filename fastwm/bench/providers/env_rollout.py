@@ -1,0 +1,112 @@
+"""The rollout through an environment: torchrl's published classes, and ours on each engine."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.data import Composite, Unbounded
+from torchrl.envs import EnvBase
+
+from fastwm.bench.problem import Problem, gradients
+from fastwm.bench.providers.base import Built, Unavailable
+
+__all__ = ["fastwm", "torchrl"]
+
+
+class _Specs(EnvBase):
+    """A base env that holds specs and is never run.
+
+    It is batched and its observation is the latent: otherwise torchrl 0.14.1 loses the specs' last dim or
+    never advances the latent.
+    """
+
+    def __init__(self, batch: int, latent: int, action: int, device: Any) -> None:
+        super().__init__(batch_size=torch.Size([batch]), device=device)
+        self.observation_spec = Composite(
+            latent=Unbounded((batch, latent), device=device), shape=(batch,), device=device
+        )
+        self.action_spec = Unbounded((batch, action), device=device)
+        self.reward_spec = Unbounded((batch, 1), device=device)
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+        raise NotImplementedError("this env only holds specs")
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        raise NotImplementedError("this env only holds specs")
+
+    def _set_seed(self, seed: int | None) -> None:
+        raise NotImplementedError("this env only holds specs")
+
+
+def _built(problem: Problem, world_model_class: Any, env_class: Any, **env_options: Any) -> Built:
+    suite, model, device = problem.suite, problem.model, problem.device
+    world_model = world_model_class(
+        # Needed by the constructor; an imagined rollout never encodes.
+        TensorDictModule(nn.Linear(1, suite.latent), in_keys=["observation"], out_keys=["latent"]),
+        TensorDictModule(
+            model.dynamics, in_keys=["latent", "action"], out_keys=[("next", "latent")]
+        ),
+        TensorDictModule(
+            model.reward, in_keys=[("next", "latent")], out_keys=[("next", "reward")]
+        ),
+    )
+    policy = TensorDictModule(model.policy, in_keys=["latent"], out_keys=["action"])
+    base_env = _Specs(problem.batch, suite.latent, suite.action, device)
+    env = env_class(
+        world_model, base_env, observation_spec=base_env.observation_spec.clone(), **env_options
+    )
+    rows, steps = (problem.batch, problem.horizon), problem.horizon
+
+    def imagine() -> TensorDictBase:
+        # A new tensordict each time, as from an encoder: a rollout writes its flags into the one it is given.
+        start = TensorDict({"latent": problem.start}, [problem.batch], device=device)
+        return env.rollout(steps, policy, tensordict=start)
+
+    def named(rollout: TensorDictBase) -> dict[str, Tensor]:
+        following = rollout.get("next")
+        return {
+            "latent": rollout.get("latent"),
+            "action": rollout.get("action"),
+            "next_latent": following.get("latent"),
+            # torchrl 0.14.1's reward lacks the last dim.
+            "reward": following.get("reward").reshape(*rows, 1),
+        }
+
+    if problem.backward:
+        return Built(lambda: gradients(problem, named(imagine())), lambda raw: raw)
+
+    def without_gradients() -> TensorDictBase:
+        with torch.no_grad():
+            return imagine()
+
+    return Built(without_gradients, named)
+
+
+def torchrl(problem: Problem) -> Built:
+    """The published classes of torchrl: the definition of right, and the speed that ours is compared to."""
+    from torchrl.envs.model_based import WorldModelEnv
+    from torchrl.modules import WorldModel
+
+    return _built(problem, WorldModel, WorldModelEnv)
+
+
+def fastwm(backend: str, **options: Any) -> Callable[[Problem], Built]:
+    """Our classes with ``backend=`` fixed, so that nothing else can run in its name."""
+
+    def build(problem: Problem) -> Built:
+        import fastwm as library
+
+        known = inspect.signature(library.WorldModelEnv.__init__).parameters
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise Unavailable(f"WorldModelEnv takes no {unknown[0]}= in this version")
+        env = library.WorldModelEnv
+        return _built(problem, library.WorldModel, env, backend=backend, **options)
+
+    return build

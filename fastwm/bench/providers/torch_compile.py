@@ -1,0 +1,66 @@
+"""`torch.compile` of the plain loop: of one step, driven from outside; and of the whole loop, unrolled."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastwm.bench.problem import Case, Problem
+from fastwm.bench.providers import torch_loop
+from fastwm.bench.providers.base import Built, Unavailable
+
+__all__ = ["loop", "step", "too_long"]
+
+#: Compile time of an unrolled loop grows with the horizon: 15 steps of this MLP took 39 s on two cores.
+LONGEST_UNROLLED = 15
+
+
+def too_long(case: Case) -> str | None:
+    if case.horizon <= LONGEST_UNROLLED:
+        return None
+    return f"unrolled, its compile time grows with the horizon; timed up to {LONGEST_UNROLLED} steps"
+
+
+def _check_compiler(problem: Problem) -> None:
+    if problem.device.type == "cpu" and not any(
+        shutil.which(c) for c in (os.environ.get("CXX", "g++"), "g++", "clang++")
+    ):
+        raise Unavailable("torch.compile needs a C++ compiler, and there is none")
+    # One compiled version per batch size and direction lives side by side; the default limit is 8.
+    torch._dynamo.config.recompile_limit = 256
+
+
+def step(mode: str | None = None) -> Callable[[Problem], Built]:
+    """One compiled step, looped from Python: compile time does not depend on the horizon."""
+
+    def build(problem: Problem) -> Built:
+        _check_compiler(problem)
+        model = problem.model
+        compiled = torch.compile(model.step, mode=mode, dynamic=False)
+        if mode == "reduce-overhead":
+
+            def one(latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                # The graph's outputs are overwritten by its next replay.
+                torch.compiler.cudagraph_mark_step_begin()
+                action, following, reward = compiled(latent)
+                return action.clone(), following.clone(), reward.clone()
+        else:
+            one = compiled
+        return torch_loop.from_rollout(problem, lambda s: torch_loop.loop(one, s, problem.horizon))
+
+    return build
+
+
+def loop(problem: Problem) -> Built:
+    """The whole loop compiled at once."""
+    _check_compiler(problem)
+    model, horizon = problem.model, problem.horizon
+
+    def rollout(start: Tensor) -> dict[str, Tensor]:
+        return torch_loop.loop(model.step, start, horizon)
+
+    return torch_loop.from_rollout(problem, torch.compile(rollout, dynamic=False, fullgraph=True))

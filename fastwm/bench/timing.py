@@ -1,0 +1,94 @@
+"""Timing in turns: A B C A B C ..., so that whatever the machine does between, it does to all."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Effort", "Samples", "interleave", "synchronizer"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to time.
+
+    Args:
+        seconds: aim per configuration, all providers together.
+        min_rounds, max_rounds: whatever ``seconds`` says.
+        sample_seconds: a sample repeats a short call until it lasts about this long.
+    """
+
+    seconds: float = 6.0
+    min_rounds: int = 5
+    max_rounds: int = 30
+    sample_seconds: float = 0.02
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One provider's turns: milliseconds per call, one number per round, each over ``calls`` calls."""
+
+    ms: tuple[float, ...]
+    calls: int
+
+
+def synchronizer(device: str) -> Callable[[], None]:
+    """Waits for the device; on CPU everything is done when it returns."""
+    if device.startswith("cuda"):
+        return torch.cuda.synchronize
+    return lambda: None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage is collected between samples, not in them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _seconds(run: Callable[[], Any], calls: int, sync: Callable[[], None]) -> float:
+    sync()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    sync()
+    return (time.perf_counter() - begin) / calls
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], Any]], effort: Effort, device: str = "cpu"
+) -> dict[str, Samples]:
+    """Time every entry of ``runs`` once per round, all in the same order, round after round.
+
+    Each sample begins with one untimed call where calls are short: the caches then hold its own data, not
+    that of the provider before it. Call after warming up; nothing here waits for a compiler.
+    """
+    sync = synchronizer(device)
+    with _no_collection():
+        once = {name: _seconds(run, 1, sync) for name, run in runs.items()}
+        # The second look is what counts: the first may still have met cold caches.
+        once = {name: min(once[name], _seconds(run, 1, sync)) for name, run in runs.items()}
+        calls = {n: max(1, math.ceil(effort.sample_seconds / max(s, 1e-9))) for n, s in once.items()}
+        a_round = sum((calls[n] + (calls[n] > 1)) * once[n] for n in runs)
+        wanted = int(effort.seconds / max(a_round, 1e-9))
+        rounds = min(max(wanted, effort.min_rounds), effort.max_rounds)
+        ms: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(rounds):
+            for name, run in runs.items():
+                if calls[name] > 1:
+                    run()
+                ms[name].append(1e3 * _seconds(run, calls[name], sync))
+            gc.collect()
+    return {name: Samples(tuple(values), calls[name]) for name, values in ms.items()}
