@@ -14,6 +14,7 @@ from torchrl.envs.model_based import ModelBasedEnvBase
 
 from fastwm.backends import check_name
 from fastwm.specs import (
+    has_lazy,
     next_key,
     probe_encoder,
     rebatch,
@@ -176,6 +177,22 @@ class WorldModelEnv(ModelBasedEnvBase):
         self.observation_spec = observation
         self.state_spec = state
         self._keys_without_spec = tuple(missing)
+        if missing and self.initial_state is not None:
+            self._complete_specs_from_initial_state()
+
+    def _complete_specs_from_initial_state(self) -> None:
+        """Take missing specs from one start, so that ``fake_tensordict`` knows all keys at once.
+
+        Not with lazy parameters: a probe must not be the one to initialise them.
+        """
+        if has_lazy(self._world_model):
+            return
+        cuda = [self.device] if self.device is not None and self.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(cuda), torch.no_grad():
+                self._complete_specs(self._draw_initial_state(self.batch_size))
+        except Exception:  # e.g. a buffer that is still empty; the first reset raises in the open
+            return
 
     def _complete_specs(self, tensordict: TensorDictBase) -> None:
         """Take the specs that nothing told us at construction from the first data seen."""
@@ -304,12 +321,6 @@ class WorldModelEnv(ModelBasedEnvBase):
             start = self._draw_initial_state(
                 self.batch_size if tensordict is None else tensordict.batch_size
             )
-            absent = self._absent_keys(start)
-            if absent:
-                raise RuntimeError(
-                    f"initial_state gave no {absent[0]!r}, which the step reads; "
-                    f"it gave {sorted(map(str, start.keys(True, True)))}."
-                )
         else:
             key = absent[0] if absent else self.latent_key
             raise RuntimeError(
@@ -383,19 +394,30 @@ class WorldModelEnv(ModelBasedEnvBase):
         else:
             drawn = source(batch_size)
         if drawn.batch_size != batch_size:
-            if drawn.batch_size.numel() != 1:
+            if drawn.batch_size.numel() == 1:
+                drawn = drawn.reshape(())
+            dims = drawn.batch_dims
+            if dims and drawn.batch_size != batch_size[-dims:]:
                 raise RuntimeError(
                     f"initial_state has batch size {tuple(drawn.batch_size)}, "
                     f"the env needs {tuple(batch_size)}."
                 )
-            drawn = drawn.reshape(()).expand(batch_size)
+            drawn = drawn.expand(batch_size)
         if self.device is not None:
             drawn = drawn.to(self.device)
-        drawn = drawn.copy()
-        if self._absent_keys(drawn):
-            # Real observations: their latent is the encoder's.
-            drawn = self._world_model.encode(drawn)
-        return drawn.select(*self.step_keys.required, strict=False).clone()
+        start, cause = drawn.copy(), None
+        if self._absent_keys(start) and hasattr(self._world_model, "encode"):
+            try:  # real observations: their latent is the encoder's
+                start = self._world_model.encode(start)
+            except KeyError as error:
+                cause = error
+        absent = self._absent_keys(start)
+        if absent:
+            raise RuntimeError(
+                f"initial_state gave no {absent[0]!r}, which the step reads, nor observations to "
+                f"encode it from; it gave {sorted(map(str, drawn.keys(True, True)))}."
+            ) from cause
+        return start.select(*self.step_keys.required, strict=False).clone()
 
     def maybe_reset(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Restart finished rows from ``initial_state``; without one, imagination goes on."""

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
-__all__ = ["StepKeys", "next_key", "probe_encoder", "rebatch", "step_keys", "unbounded"]
+__all__ = ["StepKeys", "has_lazy", "next_key", "probe_encoder", "rebatch", "step_keys", "unbounded"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,13 @@ def unbounded(value: torch.Tensor, batch_dims: int, batch_size: torch.Size, devi
     return Unbounded(shape=shape, dtype=value.dtype, device=device)
 
 
+def has_lazy(module: object) -> bool:
+    """Whether some parameter or buffer still waits for its shape."""
+    return isinstance(module, torch.nn.Module) and any(
+        is_lazy(p) for p in [*module.parameters(), *module.buffers()]
+    )
+
+
 def probe_encoder(world_model: object, base_env: EnvBase, device) -> TensorDictBase | None:
     """Shapes of what ``world_model.encode`` writes, on fake tensors: nothing real is computed.
 
@@ -77,9 +84,7 @@ def probe_encoder(world_model: object, base_env: EnvBase, device) -> TensorDictB
     encode = getattr(world_model, "encode", None)
     if encode is None:
         return None
-    if isinstance(world_model, torch.nn.Module) and any(
-        is_lazy(p) for p in [*world_model.parameters(), *world_model.buffers()]
-    ):
+    if has_lazy(world_model):
         return None
     try:
         observation = rebatch(base_env.full_observation_spec, base_env.batch_dims, torch.Size([]))
