@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,6 +15,10 @@ from torchrl.envs import EnvBase
 from torchrl.envs.model_based import ModelBasedEnvBase
 
 from fastwm.backends import check_name
+from fastwm.engines.inductor import inductor
+from fastwm.explain import Explanation, explain
+from fastwm.request import Request
+from fastwm.rollout import rollout
 from fastwm.specs import (
     has_lazy,
     next_key,
@@ -224,6 +230,96 @@ class WorldModelEnv(ModelBasedEnvBase):
                 f"got {tensordict.batch_size} and {self.batch_size}"
             )
 
+    # ---------------------------------------------------------------- rollout
+
+    def rollout(
+        self,
+        max_steps: int,
+        policy: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        callback: Callable[..., Any] | None = None,
+        *,
+        actions: Iterable[Any] | None = None,
+        auto_reset: bool = True,
+        auto_cast_to_device: bool = False,
+        break_when_any_done: bool | None = None,
+        break_when_all_done: bool | None = None,
+        return_contiguous: bool | None = False,
+        tensordict: TensorDictBase | None = None,
+        set_truncated: bool = False,
+        out: Any = None,
+        trust_policy: bool = False,
+        storing_device: torch.device | str | None = None,
+        set_state: bool | None = None,
+    ) -> TensorDictBase:
+        """Imagine up to ``max_steps`` steps: ``torchrl.envs.EnvBase.rollout``, on the fastest engine.
+
+        Takes every argument of ``EnvBase.rollout`` and returns what it returns, except that the
+        ``tensordict`` given is not written into.
+
+        Returns:
+            TensorDict of batch ``[*batch, time]``, dim name ``"time"``: policy outputs and latents at the
+            root, next latents, reward and done flags under ``"next"``. Its memory is the caller's.
+
+        Raises:
+            RuntimeError: no start latent; a batch or latent of another shape than the env's; or an engine
+                asked for by name that cannot run this (the message says why).
+        """
+        return rollout(
+            self,
+            Request(
+                max_steps, policy, callback, actions, auto_reset, auto_cast_to_device,
+                break_when_any_done, break_when_all_done, return_contiguous, tensordict,
+                set_truncated, out, trust_policy, storing_device, set_state,
+            ),
+        )  # fmt: skip
+
+    def eager_rollout(self, request: Request) -> TensorDictBase:
+        """The reference: ``EnvBase.rollout`` itself, on this env."""
+        arguments = {f.name: getattr(request, f.name) for f in fields(request)}
+        return super().rollout(**arguments)
+
+    def explain(
+        self,
+        max_steps: int = 1,
+        policy: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        callback: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> Explanation:
+        """Which engine would run ``rollout`` with these arguments, and why not a faster one.
+
+        Nothing is rolled out; the step may be traced. Random generators are left as they were.
+
+        Example:
+            >>> print(env.explain(15, policy, tensordict=start))  # doctest: +SKIP
+            fused: no, the fused engine is not part of this version
+            captured: runs
+        """
+        return explain(self, Request(max_steps, policy, callback, **kwargs))
+
+    def compile(self, *, warmup: int | None = None, **options: Any) -> WorldModelEnv:
+        """Compile the captured engine's step with Inductor (also as ``compile=True`` at construction).
+
+        One compilation per kind of input, whatever the horizon; ``options`` are ``torch.compile``'s.
+        ``warmup`` is accepted for ``EnvBase.compile``'s sake. :meth:`eager` undoes it.
+        """
+        self.__dict__["_step_compile_options"] = options
+        return self
+
+    def eager(self) -> WorldModelEnv:
+        """Undo :meth:`compile`."""
+        self.__dict__.pop("_step_compile_options", None)
+        return self
+
+    def compile_options_key(self) -> str | None:
+        """Distinguishes plans by how their step is compiled."""
+        options = self.__dict__.get("_step_compile_options")
+        return None if options is None else repr(sorted(options.items()))
+
+    def step_compiler(self) -> Any:
+        """What compiles the captured step's body, or None."""
+        options = self.__dict__.get("_step_compile_options")
+        return None if options is None else inductor(**options)
+
     # ---------------------------------------------------------------- step
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -390,7 +486,10 @@ class WorldModelEnv(ModelBasedEnvBase):
         if isinstance(source, TensorDictBase):
             drawn = source
         elif isinstance(source, ReplayBuffer):
-            drawn = source.sample(batch_size.numel()).reshape(batch_size)
+            with warnings.catch_warnings():
+                # The batch size in the buffer's constructor is the training's.
+                warnings.filterwarnings("ignore", "Got conflicting batch_sizes")
+                drawn = source.sample(batch_size.numel()).reshape(batch_size)
         else:
             drawn = source(batch_size)
         if drawn.batch_size != batch_size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -398,7 +399,9 @@ def test_a_callable_is_asked_for_the_batch_of_the_tensordict() -> None:
 def test_a_replay_buffer_gives_real_observations_encoded() -> None:
     wm, buffer = linear_world_model(), real_observations()
     env = fastwm.WorldModelEnv(wm, spec_env(), batch_size=[2, B], initial_state=buffer)
-    drawn = env.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the buffer's own batch size, 8, is the training's
+        drawn = env.reset()
     assert set(drawn.keys()) == {"latent", "done", "terminated"}
     known = wm.encoder.module(buffer[:]["observation"])
     distance = (drawn["latent"].unsqueeze(-2) - known).abs().amax(-1).amin(-1)
