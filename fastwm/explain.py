@@ -1,0 +1,75 @@
+"""Why a rollout runs where it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastwm.backends import requested
+from fastwm.plan import plan_for
+from fastwm.request import NotCapturable, Request
+from fastwm.rollout import NO_FUSED, start_of
+from fastwm.tracing import preserved_random_state
+
+if TYPE_CHECKING:
+    from fastwm.env import WorldModelEnv
+
+__all__ = ["Explanation", "explain"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which engine would run, and what rules out each one passed over.
+
+    Attributes:
+        engine: the engine that would run; None when the one asked for cannot.
+        passed_over: reason by engine name.
+        asked: the backend in force.
+        program: the traced step, printed, where there is one.
+        source: the generated loop, where there is one.
+    """
+
+    engine: str | None
+    passed_over: dict[str, str]
+    asked: str
+    program: str = ""
+    source: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{name}: no, {reason}" for name, reason in self.passed_over.items()]
+        if self.engine is not None:
+            lines.append(f"{self.engine}: runs")
+        else:
+            lines.append(f"nothing runs: backend={self.asked!r} was asked for")
+        return "\n".join(lines)
+
+
+def explain(env: WorldModelEnv, request: Request) -> Explanation:
+    """See :meth:`fastwm.WorldModelEnv.explain`."""
+    asked = requested(env.backend)
+    if asked == "eager":
+        reason = "backend='eager' was asked for"
+        return Explanation("eager", {"fused": reason, "captured": reason}, asked)
+    passed = {"fused": NO_FUSED}
+    program = source = ""
+    try:
+        if asked == "fused":
+            raise NotCapturable("backend='fused' was asked for")
+        request.refuse(env)
+        with preserved_random_state(env.device):
+            td = start_of(env, request)
+            feed = request.feed(env, td.batch_size)
+            plan, _ = plan_for(env, request, td, feed)
+        restarts = not request.stops and env.initial_state is not None
+        if restarts and plan.flags_vary():
+            raise NotCapturable("finished rows restart from initial_state")
+        assert plan.traced is not None and plan.loop is not None
+        program, source = str(plan.traced.graph), plan.loop.source(stop=request.stops)
+    except NotCapturable as reason:
+        passed["captured"] = str(reason)
+        return Explanation("eager" if asked == "auto" else None, passed, asked)
+    device = env.device or torch.device("cpu")
+    how = " (one CUDA graph per horizon)" if device.type == "cuda" else ""
+    return Explanation("captured" + how, passed, asked, program, source)

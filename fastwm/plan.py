@@ -1,0 +1,232 @@
+"""Plans: a traced step with the engine that runs it, cached, and trusted only as long as nothing changed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn.probabilistic import interaction_type
+
+from fastwm.assemble import leaves
+from fastwm.engines.captured import CapturedLoop
+from fastwm.engines.codegen import step_varying
+from fastwm.nvtx import annotate
+from fastwm.request import Feed, NotCapturable, Request
+from fastwm.traced_step import TracedStep, trace_step
+from fastwm.tracing import preserved_random_state
+
+if TYPE_CHECKING:
+    from fastwm.env import WorldModelEnv
+
+__all__ = ["Plan", "cache_of", "plan_for"]
+
+_KEYS = 64  # kinds of call remembered per env
+_VARIANTS = 8  # states of the modules (train, eval, ...) remembered per kind of call
+_PATIENCE = 16  # plans made in a row without one being used again, before auto stops making them
+
+
+@dataclass
+class Plan:
+    """A traced step that held when it was made, or the reason why there is none."""
+
+    watch: Any
+    traced: TracedStep | None = None
+    loop: CapturedLoop | None = None
+    reason: str = ""
+    exact: bool = False
+    metas: list[tuple] = field(default_factory=list)
+    constants: list[torch.Tensor] = field(default_factory=list)
+    graphs: dict[Any, Any] = field(default_factory=dict)  # CUDA graphs by horizon
+
+    def holds(self) -> tuple[bool, str | None]:
+        """Whether nothing the trace took for granted has changed; else what did."""
+        if not self.watch.unchanged():
+            same, what = self.watch.reconcile()
+            if not same:
+                return False, what
+            if self.traced is not None:
+                self.constants = self.traced.constants()
+        if self.traced is None:
+            return True, None
+        for tensor, version in self.traced.read:
+            if tensor._version != version:
+                return False, "a tensor whose value Python reads was written"
+        if [(t.dtype, t.requires_grad, t.shape, t.device) for t in self.constants] != self.metas:
+            return False, "a parameter or buffer changed its dtype, shape, device or gradient flag"
+        return True, None
+
+    def flags_vary(self) -> bool:
+        """Whether a done flag can differ from step to step: whether there is a done head."""
+        assert self.traced is not None
+        graph = self.traced.graph
+        varying = step_varying(graph, {*self.traced.carried, *self.traced.fed})
+        return any(graph.outputs[flag].index in varying for flag in self.traced.flags)
+
+    def bind(self) -> None:
+        assert self.traced is not None
+        self.constants = self.traced.constants()
+        self.metas = [(t.dtype, t.requires_grad, t.shape, t.device) for t in self.constants]
+
+
+@dataclass
+class PlanCache:
+    """The plans of one env, least recently used last to go."""
+
+    plans: OrderedDict[Any, list[Plan]] = field(default_factory=OrderedDict)
+    unused: int = 0
+    calls: int = 0
+    warned: set[str] = field(default_factory=set)
+    last_change: str = ""
+    traces: int = 0  # how often a step was traced
+
+
+# Outside the env, so that pickling, copying and state_dict never meet a plan.
+_caches: WeakKeyDictionary[Any, PlanCache] = WeakKeyDictionary()
+
+
+def cache_of(env: WorldModelEnv) -> PlanCache:
+    cache = _caches.get(env)
+    if cache is None:
+        cache = _caches[env] = PlanCache()
+    return cache
+
+
+def _key(
+    env: WorldModelEnv, request: Request, start: dict[Any, torch.Tensor], td: TensorDictBase,
+    feed: Feed | None, compiled: Any,
+) -> Any:  # fmt: skip
+    kinds = tuple((path, t.shape, t.dtype, t.device, t.requires_grad) for path, t in start.items())
+    fed = () if feed is None else tuple(
+        (path, t.shape, t.dtype, t.device, t.requires_grad)
+        for path, t in zip(feed.paths, feed.template, strict=True)
+    )  # fmt: skip
+    return (
+        request.policy_key(), kinds, fed, td.batch_size, td.device, tuple(td.names) if td._has_names() else None,
+        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), interaction_type(),
+        torch.get_default_dtype(), env.done_threshold, env.run_type_checks, tuple(env.done_keys),
+        env.batch_size, id(env.output_spec), id(env.input_spec), compiled,
+    )  # fmt: skip
+
+
+def plan_for(
+    env: WorldModelEnv, request: Request, td: TensorDictBase, feed: Feed | None
+) -> tuple[Plan, dict[Any, torch.Tensor]]:
+    """The plan for this call, made anew where none holds, and the start's leaves.
+
+    Raises:
+        NotCapturable: with the reason.
+    """
+    try:
+        start = leaves(td)
+    except TypeError as error:
+        raise NotCapturable(str(error)) from error
+    for path in start:
+        if path[0] == "next" or path[-1] in ("_reset", "_step"):
+            raise NotCapturable(f"the start holds {path}")
+    cache = cache_of(env)
+    key = _key(env, request, start, td, feed, env.compile_options_key())
+    cache.calls += 1
+    variants = cache.plans.get(key)
+    if variants is not None:
+        cache.plans.move_to_end(key)
+        for plan in variants:
+            same, what = plan.holds()
+            if same:
+                cache.unused = 0
+                return _usable(plan), start
+            cache.last_change = what or ""
+    if cache.unused >= _PATIENCE and cache.calls % _PATIENCE:
+        raise NotCapturable(
+            "plans for this env are never used twice: the policy, the model or the kind of input is "
+            f"new at every call {'(' + cache.last_change + ')' if cache.last_change else ''}"
+        )
+    cache.unused += 1
+    with annotate("fastwm.plan"):
+        plan = _make(env, request, td, feed, cache)
+    if variants is None:
+        variants = cache.plans[key] = []
+        while len(cache.plans) > _KEYS:
+            cache.plans.popitem(last=False)
+    variants.insert(0, plan)
+    del variants[_VARIANTS:]
+    return _usable(plan), start
+
+
+def _usable(plan: Plan) -> Plan:
+    if plan.traced is None:
+        raise NotCapturable(plan.reason)
+    return plan
+
+
+def _make(
+    env: WorldModelEnv, request: Request, td: TensorDictBase, feed: Feed | None, cache: PlanCache
+) -> Plan:
+    from fastwm.watch import TooLarge, Watch
+
+    policy = None if feed is not None else request.compatible_policy(env)
+    cache.traces += 1
+    try:
+        with annotate("fastwm.trace"):
+            traced, results = trace_step(env, policy, feed, td, request.policy)
+        wants = torch.is_grad_enabled() and any(
+            t.requires_grad for t in [*traced.constants(), *leaves(td).values(), *(feed.template if feed else ())]
+        )  # fmt: skip
+        loop = CapturedLoop(
+            traced.graph, traced.carried, traced.fed, traced.flags, traced.dim,
+            grad=wants, compiler=env.step_compiler(),
+        )  # fmt: skip
+        plan = Plan(traced.watch, traced, loop)
+        plan.bind()
+        _verify(env, plan, td, feed, results)
+        return plan
+    except NotCapturable as reason:
+        # Remember the refusal, with what it rests on, so as not to trace again at each call.
+        try:
+            roots = [env.world_model] if feed is not None else [env.world_model, request.policy]
+            return Plan(Watch(roots, opaque=[env]), reason=str(reason))
+        except TooLarge:
+            raise reason from None
+
+
+def _verify(
+    env: WorldModelEnv, plan: Plan, td: TensorDictBase, feed: Feed | None, results: dict[Any, torch.Tensor]
+) -> None:
+    """A plan is accepted only once replaying its step gave what the traced step gave."""
+    inputs: dict[Any, torch.Tensor] = dict(leaves(td))
+    given = None
+    if feed is not None:
+        given = lambda: feed.template  # noqa: E731
+    assert plan.loop is not None
+    if plan.loop.compiler is not None:
+        return  # rounding differs, and check_parity is there to say by how much
+    problem = ""
+    for exact in (False, True):
+        try:
+            with preserved_random_state(env.device):
+                _, replayed = plan.loop.run(1, inputs, plan.constants, given, stop=False, exact=exact)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+            continue
+        problem = _difference(replayed, results, plan.traced.dim)
+        if not problem:
+            plan.exact = exact
+            return
+    raise NotCapturable(f"replaying the traced step does not give what the step gave: {problem}")
+
+
+def _difference(
+    replayed: dict[Any, torch.Tensor], results: dict[Any, torch.Tensor], dim: int
+) -> str:
+    for (_, path), value in results.items():
+        got = replayed[path].select(dim, 0)
+        if got.shape != value.shape or got.dtype != value.dtype:
+            return f"{path}: {got.dtype}{list(got.shape)} for {value.dtype}{list(value.shape)}"
+        if got.requires_grad != value.requires_grad:
+            return f"{path}: requires_grad={got.requires_grad} for {value.requires_grad}"
+        if not torch.allclose(got.detach(), value.detach(), rtol=1e-6, atol=1e-6, equal_nan=True):
+            return f"{path}: other values"
+    return ""

@@ -1,0 +1,186 @@
+"""A call of ``rollout`` as data, and the actions it brings along."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import unravel_key_list
+from torchrl.envs.utils import _make_compatible_policy
+from torchrl.modules.planners import cem, mppi
+
+if TYPE_CHECKING:
+    from fastwm.env import WorldModelEnv
+
+__all__ = ["Feed", "NotCapturable", "Request"]
+
+_SETTERS = (cem._PrecomputedActionsSequentialSetter, mppi._PrecomputedActionsSequentialSetter)
+
+
+class NotCapturable(Exception):
+    """This rollout is the eager path's; the message names the one thing that ruled it out."""
+
+
+@dataclass
+class Feed:
+    """Actions that come from outside the step.
+
+    Attributes:
+        paths: the action entries.
+        next: this step's actions, one per path.
+        done: told how many steps ran, once they did.
+        template: actions of the right kind, to trace with.
+        horizon: at most so many steps; None for no limit.
+    """
+
+    paths: tuple[tuple[str, ...], ...]
+    next: Callable[[], Sequence[torch.Tensor]]
+    template: tuple[torch.Tensor, ...]
+    done: Callable[[int], None] = lambda steps: None
+    horizon: int | None = None
+
+
+@dataclass
+class Request:
+    """The arguments of one ``rollout`` call."""
+
+    max_steps: int
+    policy: Any = None
+    callback: Any = None
+    actions: Any = None
+    auto_reset: bool = True
+    auto_cast_to_device: bool = False
+    break_when_any_done: bool | None = None
+    break_when_all_done: bool | None = None
+    return_contiguous: bool | None = False
+    tensordict: TensorDictBase | None = None
+    set_truncated: bool = False
+    out: Any = None
+    trust_policy: bool = False
+    storing_device: Any = None
+    set_state: bool | None = None
+
+    def refuse(self, env: WorldModelEnv) -> None:
+        """Raise :class:`NotCapturable` for what only the eager path does."""
+        for reason, given in (
+            ("a callback, called at each step", self.callback is not None),
+            ("out= tensordict", self.out is not None),
+            ("auto_cast_to_device=True", self.auto_cast_to_device),
+            ("break_when_all_done=True", bool(self.break_when_all_done)),
+            ("max_steps < 1", self.max_steps < 1),
+            ("no tensordict with auto_reset=False", self.tensordict is None and not self.auto_reset),
+            ("both policy and actions", self.policy is not None and self.actions is not None),
+            ("a compiled step_and_maybe_reset", "_compiled_step_and_maybe_reset" in env.__dict__),
+            ("step hooks of a transform", env._post_step_mdp_hooks is not None),
+        ):
+            if given:
+                raise NotCapturable(reason)
+        device = env.device.type if env.device is not None else "cpu"
+        for kind in {device, "cpu"}:
+            if torch.is_autocast_enabled(kind):
+                raise NotCapturable("autocast is on")
+        if torch.compiler.is_compiling():
+            raise NotCapturable("inside torch.compile")
+        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+            raise NotCapturable("a torch dispatch or function mode is active")
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise NotCapturable("inside a torch.func transform")
+
+    @property
+    def stops(self) -> bool:
+        """Whether the first finished row ends the rollout."""
+        if self.break_when_any_done is None:
+            return not self.break_when_all_done
+        return bool(self.break_when_any_done)
+
+    def compatible_policy(self, env: WorldModelEnv) -> Any:
+        """The policy as ``EnvBase.rollout`` wraps it."""
+        return _make_compatible_policy(
+            self.policy, env.observation_spec, env=env, fast_wrap=True, trust_policy=self.trust_policy
+        )
+
+    def feed(self, env: WorldModelEnv, batch_size: torch.Size) -> Feed | None:
+        """Where actions come from when no policy computes them, else None."""
+        if self.actions is not None:
+            return self._given_actions(env, batch_size)
+        if isinstance(self.policy, _SETTERS):
+            return self._planner_actions(batch_size)
+        if self.policy is None:
+            return _random_actions(env, batch_size)
+        return None
+
+    def policy_key(self) -> Any:
+        """Equal for policies that are the same object, or the same code over the same closure."""
+        policy = self.policy
+        if self.actions is not None or policy is None or isinstance(policy, _SETTERS):
+            return None
+        if isinstance(policy, types.FunctionType):
+            cells = tuple(id(c.cell_contents) for c in policy.__closure__ or () if _filled(c))
+            return policy.__code__, cells, policy.__defaults__ and tuple(map(id, policy.__defaults__))
+        if isinstance(policy, types.MethodType):
+            return policy.__func__, id(policy.__self__)
+        return id(policy)
+
+    def _given_actions(self, env: WorldModelEnv, batch_size: torch.Size) -> Feed:
+        actions = self.actions
+        if not isinstance(actions, (list, tuple, torch.Tensor)):
+            raise NotCapturable(f"actions= is a {type(actions).__name__}, not a list, tuple or tensor")
+        steps = actions.unbind(0) if isinstance(actions, torch.Tensor) else tuple(actions)
+        if not steps or not all(isinstance(a, torch.Tensor) for a in steps):
+            raise NotCapturable("actions= holds something else than tensors")
+        first = steps[0]
+        if any(_kind(a) != _kind(first) for a in steps):
+            raise NotCapturable("actions= of different kinds from step to step")
+        _refuse_unbatched(first, batch_size)
+        key = next(iter(env.full_action_spec.keys()))
+        source = iter(steps)
+        return Feed(((key,),), lambda: (next(source),), (first,), horizon=len(steps))
+
+    def _planner_actions(self, batch_size: torch.Size) -> Feed:
+        setter = self.policy
+        if setter.actions.ndim < 2 or setter.cmpt + self.max_steps > setter.actions.shape[-2]:
+            raise NotCapturable("the precomputed actions are shorter than the horizon")
+        steps = setter.actions.unbind(-2)[setter.cmpt :]
+        _refuse_unbatched(steps[0], batch_size)
+        source = iter(steps)
+
+        def done(count: int) -> None:
+            setter.cmpt += count
+
+        return Feed((("action",),), lambda: (next(source),), (steps[0],), done)
+
+
+def _random_actions(env: WorldModelEnv, batch_size: torch.Size) -> Feed:
+    spec = env.full_action_spec
+    lead = env._leading(batch_size)
+    keys = list(spec.keys(True, True))
+    paths = tuple(k if isinstance(k, tuple) else (k,) for k in keys)
+
+    def draw() -> tuple[torch.Tensor, ...]:
+        action = spec.rand(lead)
+        return tuple(action.get(k) for k in keys)
+
+    zero = spec.zero(lead)
+    return Feed(paths, draw, tuple(zero.get(k) for k in unravel_key_list(keys)))
+
+
+def _refuse_unbatched(action: torch.Tensor, batch_size: torch.Size) -> None:
+    if action.shape[: len(batch_size)] != batch_size:
+        raise NotCapturable(
+            f"actions of shape {tuple(action.shape)} do not start with the batch {tuple(batch_size)}"
+        )
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
+def _kind(tensor: torch.Tensor) -> tuple:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad

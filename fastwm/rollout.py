@@ -1,0 +1,161 @@
+"""Running a rollout: choose the engine, run it, hand back what the eager path would have."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.envs.utils import _replace_last
+
+from fastwm.backends import requested
+from fastwm.engines.captured import ChecksFailed
+from fastwm.nvtx import annotate
+from fastwm.plan import Plan, cache_of, plan_for
+from fastwm.request import Feed, NotCapturable, Request
+
+if TYPE_CHECKING:
+    from fastwm.env import WorldModelEnv
+
+__all__ = ["captured_rollout", "rollout"]
+
+# Why the fused engine, first in "auto"'s order, is passed over.
+NO_FUSED = "the fused engine is not part of this version"
+
+
+def rollout(env: WorldModelEnv, request: Request) -> TensorDictBase:
+    """Run ``request`` on the engine in force for ``env``.
+
+    Raises:
+        RuntimeError: an engine was asked for by name and cannot run this.
+    """
+    name = requested(env.backend)
+    if request.tensordict is not None:
+        # The caller's tensordict is not ours to write into.
+        request.tensordict = request.tensordict.copy()
+    if name == "eager":
+        return env.eager_rollout(request)
+    if name == "fused":
+        raise RuntimeError(f"backend='fused' cannot run this rollout: {NO_FUSED}.")
+    if name == "captured":
+        try:
+            return captured_rollout(env, request)
+        except NotCapturable as reason:
+            raise RuntimeError(f"backend='captured' cannot run this rollout: {reason}.") from reason
+    try:
+        return captured_rollout(env, request)
+    except NotCapturable as reason:
+        _warn_once(env, str(reason))
+    return env.eager_rollout(request)
+
+
+def _warn_once(env: WorldModelEnv, reason: str) -> None:
+    warned = cache_of(env).warned
+    if reason in warned or torch._C._len_torch_dispatch_stack():
+        return
+    warned.add(reason)
+    warnings.warn(
+        f"fastwm: this rollout runs on the eager engine: {reason}. "
+        "(env.explain(...) says more; backend='eager' asks for it and silences this.)",
+        stacklevel=5,
+    )
+
+
+def captured_rollout(env: WorldModelEnv, request: Request) -> TensorDictBase:
+    """The rollout on the captured engine.
+
+    Raises:
+        NotCapturable: before anything of the caller's was changed.
+    """
+    request.refuse(env)
+    original = request.tensordict
+    random_state = _RandomState(env.device)
+    td = start_of(env, request)
+    feed = request.feed(env, td.batch_size)
+    try:
+        plan, start = plan_for(env, request, td, feed)
+        return _run(env, request, plan, td, start, feed, random_state)
+    except NotCapturable:
+        # A start drawn from initial_state has to be drawn again by the eager path.
+        random_state.restore()
+        request.tensordict = original
+        raise
+
+
+class _RandomState:
+    """The generators as they stood before the rollout, should it have to be run again."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        self.cpu = torch.get_rng_state()
+        self.device = device if device is not None and device.type == "cuda" else None
+        self.cuda = None if self.device is None else torch.cuda.get_rng_state(self.device)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+
+def start_of(env: WorldModelEnv, request: Request) -> TensorDictBase:
+    """The tensordict of the first step, as ``EnvBase.rollout`` gets it."""
+    given = request.tensordict
+    if not request.auto_reset:
+        return env.maybe_reset(given.copy())
+    return env.reset(None if given is None else given.copy(), set_state=request.set_state)
+
+
+def _run(
+    env: WorldModelEnv, request: Request, plan: Plan, td: TensorDictBase, start: dict,
+    feed: Feed | None, random_state: _RandomState,
+) -> TensorDictBase:  # fmt: skip
+    traced, loop = plan.traced, plan.loop
+    horizon = request.max_steps
+    if feed is not None and feed.horizon is not None:
+        horizon = min(horizon, feed.horizon)
+    restarts = not request.stops and env.initial_state is not None
+    try:
+        with annotate("fastwm.replay"):
+            steps, values = loop.run(
+                horizon,
+                {path: value.contiguous() for path, value in start.items()},
+                plan.constants,
+                None if feed is None else feed.next,
+                stop=request.stops or restarts,
+                exact=plan.exact,
+            )
+    except ChecksFailed:
+        raise NotCapturable("a distribution's argument validation fails") from None
+    if restarts and (steps < horizon or _any_flag(values, traced.flags)):
+        raise NotCapturable("finished rows restart from initial_state")
+    if feed is not None:
+        feed.done(steps)
+    with annotate("fastwm.assemble"):
+        out = traced.template.fill(values, steps, traced.dim)
+    if request.set_truncated:
+        _set_truncated(env, out)
+    if request.storing_device is not None:
+        device = torch.device(request.storing_device)
+        if out.device != device:
+            out = out.to(device)
+    return out
+
+
+def _any_flag(values: dict, flags: tuple) -> bool:
+    return any(bool(values[path].any()) for _, path in flags)
+
+
+def _set_truncated(env: WorldModelEnv, out: TensorDictBase) -> None:
+    truncated = [k for k in env.done_keys if (k if isinstance(k, str) else k[-1]) == "truncated"]
+    if not truncated:
+        raise RuntimeError(
+            "set_truncated was set to True but no truncated key could be found. "
+            "Make sure a 'truncated' entry was set in the environment "
+            "full_done_keys using `env.add_truncated_keys()`."
+        )
+    last = (slice(None),) * (out.ndim - 1) + (-1,)
+    for key in truncated:
+        value = out.get(("next", key))
+        value[last] = True
+        done_key = ("next", _replace_last(key, "done"))
+        out.set(done_key, value | out.get(done_key))

@@ -1,0 +1,212 @@
+"""The env's step, traced: from a start and a policy to a graph that any engine can run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.modules.tensordict_module.common import _forward_hook_safe_action
+
+from fastwm.assemble import Template, leaves
+from fastwm.request import Feed, NotCapturable
+from fastwm.step_graph import StepGraph
+from fastwm.tracing import Untraceable, preserved_random_state, trace
+from fastwm.watch import Location, TooLarge, Watch
+
+if TYPE_CHECKING:
+    from fastwm.env import WorldModelEnv
+
+__all__ = ["TracedStep", "trace_step"]
+
+Path = tuple[str, ...]
+
+
+@dataclass
+class TracedStep:
+    """What is known of an env's step under one policy, for one kind of start.
+
+    Attributes:
+        graph: inputs named by path (or ``("feed", path)``), outputs ``("td", path)`` and ``("state", path)``.
+        carried: paths that change from step to step.
+        fed: the graph's ``("feed", path)`` inputs.
+        flags: ``("td", path)`` names of the done flags that may stop a rollout.
+        template: structure of one step's tensordict.
+        watch: everything the trace took for granted.
+        sources: for each constant of the graph, where to fetch it (or the tensor itself).
+        read: tensors whose values Python looked at, with their versions.
+        dim: where the time dim goes.
+    """
+
+    graph: StepGraph
+    carried: tuple[Path, ...]
+    fed: tuple[Any, ...]
+    flags: tuple[Any, ...]
+    template: Template
+    watch: Watch
+    sources: list[Location | torch.Tensor]
+    read: list[tuple[torch.Tensor, int]]
+    dim: int
+
+    def constants(self) -> list[torch.Tensor]:
+        return [s.fetch() if isinstance(s, Location) else s for s in self.sources]
+
+
+def trace_step(
+    env: WorldModelEnv, policy: Any, feed: Feed | None, start: TensorDictBase, original: Any
+) -> tuple[TracedStep, dict[Any, torch.Tensor]]:
+    """Trace ``policy`` then ``env.step``, twice: a first step and one that follows it must be the same.
+
+    Returns:
+        The traced step, and what it computed from ``start``.
+
+    Raises:
+        NotCapturable: with the one thing that rules it out.
+    """
+    roots = [env.world_model] if feed is not None else [env.world_model, policy, original]
+    try:
+        for attempt in range(2):
+            watch = Watch(roots, opaque=[env])
+            _refuse_modules(watch)
+            traced = _trace_twice(env, policy, feed, start, watch)
+            # A first call may fill caches; a step that changes attributes at each call is another matter.
+            if watch.unchanged() or watch.reconcile()[0]:
+                return traced
+            if attempt:
+                raise Untraceable(f"the step changes Python state: {watch.reconcile()[1]}")
+    except (Untraceable, TooLarge, TypeError) as error:
+        if isinstance(error, TypeError) and "at (" not in str(error):
+            raise NotCapturable(f"the eager step raises: {error}") from error
+        raise NotCapturable(str(error)) from error
+    except Exception as error:
+        # The eager path will raise the same, at the right place.
+        raise NotCapturable(f"the eager step raises {type(error).__name__}: {error}") from error
+    raise AssertionError("unreachable")
+
+
+def _refuse_modules(watch: Watch) -> None:
+    for module in watch.modules:
+        name = type(module).__name__
+        hooks = [
+            *module._forward_hooks.values(), *module._forward_pre_hooks.values(),
+            *module._backward_hooks.values(), *module._backward_pre_hooks.values(),
+        ]  # fmt: skip
+        # torchrl's own projection of actions is a pure function of the tensordict.
+        if any(hook is not _forward_hook_safe_action for hook in hooks):
+            raise Untraceable(f"a hook on {name}")
+        if isinstance(module, (torch._dynamo.eval_frame.OptimizedModule, torch.jit.ScriptModule)):
+            raise Untraceable(f"{name} is compiled already")
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            if tensor is not None and torch.nn.parameter.is_lazy(tensor):
+                raise Untraceable(f"lazy parameters of {name} are not initialised yet")
+    everywhere = torch.nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        raise Untraceable("global module hooks")
+
+
+def _trace_twice(env, policy, feed, start, watch):
+    first, td, state, read = _trace_once(env, policy, feed, start, watch)
+    second, td2, _, _ = _trace_once(env, policy, feed, state, watch)
+    if set(leaves(td)) != set(leaves(td2)):
+        odd = set(leaves(td)) ^ set(leaves(td2))
+        raise Untraceable(f"the keys {sorted(odd)} are not there at every step")
+    start_leaves, state_leaves = leaves(start), leaves(state)
+    for path, value in start_leaves.items():
+        later = state_leaves.get(path)
+        if later is None:
+            raise Untraceable(f"the start's {path} is gone after the first step")
+        if (later.shape, later.dtype, later.device) != (value.shape, value.dtype, value.device):
+            raise Untraceable(
+                f"{path} is {value.dtype}{list(value.shape)} at the start and "
+                f"{later.dtype}{list(later.shape)} after a step"
+            )
+    names = set(first.inputs)
+    if first.signature() != _only(second, names).signature():
+        raise Untraceable("the first step and the second compute different things")
+
+    carried = tuple(
+        path for path in start_leaves if first.outputs["state", path] != first.inputs[path]
+    )
+    results = {("td", path): value for path, value in leaves(td).items()}
+    first.outputs = {
+        key: v for key, v in first.outputs.items() if key[0] == "td" or key[1] in carried
+    }
+    first.prune()
+    flags = _stop_flags(env)
+    sources = []
+    for value, tensor in first.constants:
+        held = value.index in first.fresh
+        sources.append(tensor if held else watch.tensors[id(tensor)])
+    step = TracedStep(
+        graph=first,
+        carried=carried,
+        fed=tuple(k for k in first.inputs if k[0] == "feed"),
+        flags=tuple(("td", path) for path in flags),
+        template=Template.of(td),
+        watch=watch,
+        sources=sources,
+        read=[(t, t._version) for t in read],
+        dim=len(start.batch_size),
+    )
+    return step, results
+
+
+def _trace_once(env, policy, feed, start, watch):
+    structure = start.copy()
+    # Own leaves, cut from whatever graph the caller's start hangs on.
+    inputs: dict[Any, torch.Tensor] = {
+        path: value.detach().requires_grad_(value.requires_grad)
+        for path, value in leaves(start).items()
+    }
+    if feed is not None:
+        for path, value in zip(feed.paths, feed.template, strict=True):
+            inputs["feed", path] = value.detach().requires_grad_(value.requires_grad)
+    kept: dict[str, TensorDictBase] = {}
+
+    def step(values: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+        td = structure
+        for path, value in values.items():
+            if path[0] != "feed":
+                td.set(path, value)
+        if feed is None:
+            td.update(policy(td))
+        else:
+            for path in feed.paths:
+                td.set(path, values["feed", path])
+        td = env.step(td)
+        state = env._step_mdp(td)
+        kept["td"], kept["state"] = td, state
+        return {
+            **{("td", path): value for path, value in leaves(td).items()},
+            **{("state", path): value for path, value in leaves(state).items()},
+        }
+
+    with preserved_random_state(env.device):
+        graph, _, read = trace(step, inputs, watch.holds)
+    return graph, kept["td"], kept["state"], read
+
+
+def _only(graph: StepGraph, names: set[Any]) -> StepGraph:
+    """The graph as seen from the first step's inputs: entries that only later steps have go unused."""
+    used = {v.index for op in graph.ops for v in op.inputs()}
+    used |= {v.index for key, v in graph.outputs.items() if key[0] == "td"}
+    for name, value in graph.inputs.items():
+        if name not in names and value.index in used:
+            raise Untraceable(f"the step reads {name}, which is not there at the first step")
+    return StepGraph(
+        {k: v for k, v in graph.inputs.items() if k in names}, graph.constants, graph.ops,
+        graph.outputs, graph.checks, graph.storage, graph.metas, graph.fresh,
+    )  # fmt: skip
+
+
+def _stop_flags(env: WorldModelEnv) -> list[Path]:
+    """The flags that end a rollout: those of the outermost done group, as torchrl reads them."""
+    keys = [k if isinstance(k, tuple) else (k,) for k in env.full_done_spec.keys(True, True)]
+    # "The done signals in a root td prevail over done in the leaves."
+    prefixes = {k[:-1] for k in keys}
+    outer = [
+        k for k in keys
+        if not any(len(p) < len(k) - 1 and k[: len(p)] == p for p in prefixes)
+    ]  # fmt: skip
+    return [("next", *k) for k in outer]

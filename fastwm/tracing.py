@@ -1,0 +1,328 @@
+"""Tracing: run a step once on real data and write down the ATen ops it is made of.
+
+The recorder works below autograd and above the kernels, so any module is seen as what it computes.
+It runs on real tensors: Python that looks only at constants (a distribution checking its bounds) just
+works, and Python that looks at what the step computes is caught and named.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastwm.step_graph import Meta, Op, StepGraph, Value
+
+__all__ = ["Untraceable", "preserved_random_state", "trace"]
+
+aten = torch.ops.aten
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_DYNAMIC_SHAPE = torch.Tag.dynamic_output_shape
+_DATA_DEPENDENT = torch.Tag.data_dependent_output
+_RANDOM = torch.Tag.nondeterministic_seeded
+_MAX_OPS = 5000
+
+
+class Untraceable(Exception):
+    """The step cannot be written down as a fixed list of ops; the message says why."""
+
+
+class _NoEscape(TorchFunctionMode):
+    """Refuse the ways around the dispatcher: a tensor read or hooked behind the recorder's back."""
+
+    escapes = {
+        torch.Tensor.numpy: "Tensor.numpy()",
+        torch.Tensor.tolist: "Tensor.tolist()",
+        torch.Tensor.__array__: "numpy on a tensor",
+        torch.Tensor.__dlpack__: "Tensor.__dlpack__()",
+        torch.Tensor.data_ptr: "Tensor.data_ptr()",
+        torch.Tensor.untyped_storage: "Tensor.untyped_storage()",
+        torch.Tensor.register_hook: "a tensor hook",
+        torch.Tensor.backward: "Tensor.backward() inside the step",
+        torch.autograd.grad: "torch.autograd.grad inside the step",
+        torch.Tensor.data.__get__: "Tensor.data",
+        torch.Tensor.data.__set__: "assignment to Tensor.data",
+    }
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        try:
+            escape = self.escapes.get(func)
+        except TypeError:  # unhashable: none of ours
+            escape = None
+        if escape is not None:
+            raise Untraceable(f"the step uses {escape}, which a trace cannot see")
+        return func(*args, **(kwargs or {}))
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, locate: Callable[[torch.Tensor], bool], grad: bool) -> None:
+        super().__init__()
+        self.locate = locate
+        self.grad = grad
+        self.values: dict[int, Value] = {}
+        self.tensors: list[torch.Tensor] = []  # by value number; also keeps ids from being reused
+        self.memory: dict[int, int] = {}
+        self.constants: list[tuple[Value, torch.Tensor]] = []
+        self.fresh: set[int] = set()
+        self.ops: list[Op] = []
+        self.checks: list[Value] = []
+        self.varying: set[int] = set()  # values that depend on inputs or on random draws
+        self.own_memory: set[int] = set()  # memory allocated by the step itself
+        self.scalar_reads: list[torch.Tensor] = []
+        self.reads_from: dict[int, set[int]] = {}  # constant value -> constants it was computed from
+        self.generators: dict[torch.Generator, torch.Tensor] = {}
+
+    # -- values
+
+    def define(self, tensor: torch.Tensor, *, varying: bool) -> Value:
+        known = self.values.get(id(tensor))
+        if known is not None:
+            if varying:
+                self.varying.add(known.index)
+            return known
+        value = Value(len(self.tensors))
+        self.tensors.append(tensor)
+        self.values[id(tensor)] = value
+        self.memory[value.index] = _memory(tensor)
+        if varying:
+            self.varying.add(value.index)
+        return value
+
+    def use(self, tensor: torch.Tensor, target: torch._ops.OpOverload) -> Value:
+        if type(tensor) not in _PLAIN:
+            raise Untraceable(f"{target}: tensor subclass {type(tensor).__name__}")
+        value = self.values.get(id(tensor))
+        if value is not None:
+            return value
+        fresh = target in (aten.lift_fresh.default, aten.lift_fresh_copy.default)
+        memory = _memory(tensor)
+        if memory in self.own_memory:
+            raise Untraceable(f"{target}: a tensor aliased out of sight of the trace")
+        if not fresh and not self.locate(tensor):
+            raise Untraceable(
+                f"{target} reads a tensor of shape {tuple(tensor.shape)} that is neither an input nor "
+                "reachable from the policy or the world model"
+            )
+        value = self.define(tensor, varying=False)
+        self.constants.append((value, tensor))
+        self.reads_from[value.index] = {value.index}
+        if fresh:
+            self.fresh.add(value.index)
+        return value
+
+    # -- ops
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        # Python scalars are literals; tensors become values before the op may change them.
+        ref_args, ref_kwargs = self._refer(args, func), self._refer(kwargs, func)
+        inputs = [self.values[id(t)] for t in _tensors((args, kwargs))]
+        varying = any(v.index in self.varying for v in inputs)
+        if _DATA_DEPENDENT in func.tags:
+            return self._read_scalar(func, args, kwargs, inputs, varying)
+        if _DYNAMIC_SHAPE in func.tags and varying and _shape_depends_on_data(func, args):
+            raise Untraceable(f"{func}: the shape of its result depends on data")
+        if "batch_norm" in func.name() and _training_flag(func, args, kwargs):
+            raise Untraceable(f"{func}: batch norm in train mode updates its running statistics")
+        mutated = self._mutated(func, args, kwargs)
+        draws = _RANDOM in func.tags
+        generator = kwargs.get("generator")
+        if generator is not None and generator not in self.generators:
+            self.generators[generator] = generator.get_state()
+        before = {_memory(t) for t in _tensors((args, kwargs))}
+        result = func(*args, **kwargs)
+        outputs = result if isinstance(result, (tuple, list)) else (result,)
+        refs: list[Value | None] = []
+        for out in outputs:
+            if not isinstance(out, torch.Tensor):
+                refs.append(None)
+                continue
+            value = self.define(out, varying=varying or draws)
+            refs.append(value)
+            if self.memory[value.index] not in before:
+                self.own_memory.add(self.memory[value.index])
+            if not varying and not draws:
+                self.reads_from.setdefault(value.index, set()).update(
+                    *(self.reads_from.get(v.index, set()) for v in inputs)
+                )
+        if varying or draws:
+            for value in mutated:
+                # Everything that shares the written memory now depends on the step.
+                shared = self.memory[value.index]
+                self.varying.update(i for i, m in self.memory.items() if m == shared)
+        if len(self.ops) >= _MAX_OPS:
+            raise Untraceable(f"the step takes more than {_MAX_OPS} ops")
+        grad_here = torch.is_grad_enabled()
+        if grad_here and not self.grad:
+            raise Untraceable("the step switches gradients on")
+        detached = self.grad and not grad_here
+        if detached and mutated:
+            raise Untraceable(f"{func}: in-place write under no_grad")
+        self.ops.append(
+            Op(func, ref_args, ref_kwargs, tuple(refs), not isinstance(result, (tuple, list)),
+               tuple(mutated), draws, detached)
+        )  # fmt: skip
+        return result
+
+    def _refer(self, tree: Any, func: torch._ops.OpOverload) -> Any:
+        if isinstance(tree, torch.Tensor):
+            return self.use(tree, func)
+        if isinstance(tree, (tuple, list)) and not isinstance(tree, torch.Size):
+            return type(tree)(self._refer(item, func) for item in tree)
+        if isinstance(tree, dict):
+            return {k: self._refer(item, func) for k, item in tree.items()}
+        return tree
+
+    def _read_scalar(self, func, args, kwargs, inputs, varying):
+        result = func(*args, **kwargs)
+        if not varying:
+            for value in inputs:
+                sources = self.reads_from.get(value.index, set())
+                self.scalar_reads += [self.tensors[i] for i in sources]
+            return result
+        # Distributions validate their arguments through _is_all_true: kept as a check to be made.
+        checked = result is True or result == 1
+        if checked and len(inputs) == 1 and inputs[0] in self._validations():
+            self.checks.append(inputs[0])
+            return result
+        raise Untraceable(
+            f"{func}: Python reads a value that the step computes (.item(), if, float(), ...)"
+        )
+
+    def _validations(self) -> set[Value | None]:
+        return {o for op in self.ops if op.target is aten._is_all_true.default for o in op.outputs}
+
+    def _mutated(self, func, args, kwargs) -> list[Value]:
+        if not func._schema.is_mutable:
+            return []
+        mutated = []
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            given = args[i] if i < len(args) else kwargs.get(argument.name)
+            for tensor in _tensors(given):
+                if _memory(tensor) not in self.own_memory:
+                    raise Untraceable(f"{func} writes in place into a tensor that is not the step's own")
+                mutated.append(self.values[id(tensor)])
+        return mutated
+
+
+# Number of the memory behind a tensor. Not Tensor.untyped_storage(): the recorder refuses that one.
+_memory = torch._C._storage_id
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _tensors(item)
+    elif isinstance(tree, dict):
+        yield from _tensors(list(tree.values()))
+
+
+def _shape_depends_on_data(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> bool:
+    if func is aten.index.Tensor:  # only boolean masks change the shape
+        return any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1]))
+    return True
+
+
+def _training_flag(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict) -> bool:
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.name in ("training", "train"):
+            return bool(args[i] if i < len(args) else kwargs.get(argument.name))
+    return False
+
+
+@contextmanager
+def preserved_random_state(device: torch.device | None) -> Iterator[None]:
+    """Leave torch's, numpy's and Python's generators as they were found."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cuda = device is not None and device.type == "cuda"
+    cuda_state = torch.cuda.get_rng_state(device) if cuda else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, device)
+
+
+def _python_draws() -> tuple[Any, ...]:
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), kind, keys.tobytes(), tuple(rest)
+
+
+def trace(
+    step: Callable[[dict[Any, torch.Tensor]], Mapping[Any, torch.Tensor]],
+    inputs: dict[Any, torch.Tensor],
+    locate: Callable[[torch.Tensor], bool],
+) -> tuple[StepGraph, Mapping[Any, torch.Tensor], list[torch.Tensor]]:
+    """Run ``step(inputs)`` once and return what it is made of.
+
+    Args:
+        step: a function of named tensors to named tensors. Run once, for real, in the current grad mode.
+        inputs: what the step is a function of.
+        locate: says whether a tensor that is no input can be found again at the next call (a parameter,
+            a buffer, an attribute); only such may be read.
+
+    Returns:
+        The graph, the step's own results, and the tensors whose values Python looked at.
+
+    Raises:
+        Untraceable: with the one op or act that rules the trace out.
+    """
+    recorder = _Recorder(locate, torch.is_grad_enabled())
+    named = {key: recorder.define(tensor, varying=True) for key, tensor in inputs.items()}
+    if len({v.index for v in named.values()}) != len(named):
+        raise Untraceable("two inputs are one and the same tensor")
+    before = _python_draws()
+    try:
+        with _NoEscape(), recorder:
+            results = step(inputs)
+    finally:
+        for generator, state in recorder.generators.items():
+            generator.set_state(state)
+    if _python_draws() != before:
+        raise Untraceable("the step draws from Python's or numpy's random generator")
+    outputs = {}
+    for key, tensor in results.items():
+        value = recorder.values.get(id(tensor))
+        if value is None:
+            if not locate(tensor):
+                raise Untraceable(f"output {key!r} comes from outside the trace")
+            value = recorder.define(tensor, varying=False)
+            recorder.constants.append((value, tensor))
+        outputs[key] = value
+    _refuse_python_backward(results, inputs)
+    graph = StepGraph(
+        named, recorder.constants, recorder.ops, outputs, recorder.checks,
+        dict(recorder.memory), {i: Meta.of(t) for i, t in enumerate(recorder.tensors)},
+        recorder.fresh,
+    )  # fmt: skip
+    graph.prune()
+    return graph, results, recorder.scalar_reads
+
+
+def _refuse_python_backward(
+    results: Mapping[Any, torch.Tensor], inputs: Mapping[Any, torch.Tensor]
+) -> None:
+    """A torch.autograd.Function is seen as the ops of its forward; its own backward would be lost."""
+    stack = [t.grad_fn for t in results.values() if t.grad_fn is not None]
+    seen = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            raise Untraceable(f"custom autograd.Function {type(node).__name__.removesuffix('Backward')}")
+        stack.extend(next_node for next_node, _ in node.next_functions)
