@@ -3,7 +3,24 @@
 from fastwm.backends import backend
 from fastwm.backends import requested as requested_backend
 from fastwm.env import WorldModelEnv
+from fastwm.explain import Explanation
+from fastwm.loss import WorldModelLoss
+from fastwm.ops import lambda_return
+from fastwm.parity import ParityReport, check_parity
+from fastwm.patching import patch, unpatch
 from fastwm.world_model import WorldModel
 
 __version__ = "0.1.0"
-__all__ = ["WorldModel", "WorldModelEnv", "backend", "requested_backend"]
+__all__ = [
+    "Explanation",
+    "ParityReport",
+    "WorldModel",
+    "WorldModelEnv",
+    "WorldModelLoss",
+    "backend",
+    "check_parity",
+    "lambda_return",
+    "patch",
+    "requested_backend",
+    "unpatch",
+]

@@ -225,8 +225,9 @@ def _difference(
         got = replayed[path].select(dim, 0)
         if got.shape != value.shape or got.dtype != value.dtype:
             return f"{path}: {got.dtype}{list(got.shape)} for {value.dtype}{list(value.shape)}"
-        if got.requires_grad != value.requires_grad:
-            return f"{path}: requires_grad={got.requires_grad} for {value.requires_grad}"
+        wants = value.requires_grad and torch.is_grad_enabled()
+        if got.requires_grad != wants:
+            return f"{path}: requires_grad={got.requires_grad} for {wants}"
         if not torch.allclose(got.detach(), value.detach(), rtol=1e-6, atol=1e-6, equal_nan=True):
             return f"{path}: other values"
     return ""

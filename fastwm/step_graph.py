@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -38,7 +38,8 @@ class Op:
     """One call of an ATen operator.
 
     Attributes:
-        target: the operator overload, e.g. ``torch.ops.aten.addmm.default``.
+        target: the operator overload, e.g. ``torch.ops.aten.addmm.default``, or the ``apply`` of a custom
+            ``torch.autograd.Function``.
         args, kwargs: as the operator was called, tensors replaced by :class:`Value`.
         outputs: one entry per tensor returned; None for results nobody can refer to.
         single: the operator returns a tensor and not a tuple or list of them.
@@ -47,7 +48,7 @@ class Op:
         detached: the op ran with gradients switched off inside a step that has them on.
     """
 
-    target: torch._ops.OpOverload
+    target: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[Value | None, ...]
@@ -63,7 +64,14 @@ class Op:
     def __str__(self) -> str:
         args = [repr(a) for a in self.args] + [f"{k}={v!r}" for k, v in self.kwargs.items()]
         out = ", ".join("_" if o is None else repr(o) for o in self.outputs)
-        return f"{out} = {self.target.name().removeprefix('aten::')}({', '.join(args)})"
+        return f"{out} = {self.name}({', '.join(args)})"
+
+    @property
+    def name(self) -> str:
+        """``addmm`` or ``silu.out``; for a custom function, ``SafeTanh.apply``."""
+        if isinstance(self.target, torch._ops.OpOverload):
+            return self.target.name().removeprefix("aten::")
+        return getattr(self.target, "__qualname__", repr(self.target))
 
 
 @dataclass

@@ -77,6 +77,8 @@ class _Recorder(TorchDispatchMode):
         self.scalar_reads: list[torch.Tensor] = []
         self.reads_from: dict[int, set[int]] = {}  # constant value -> constants it was computed from
         self.generators: dict[torch.Generator, torch.Tensor] = {}
+        self.functions: set[type] = set()  # custom autograd.Functions recorded as one op each
+        self.inside: _Inside | None = None  # what such a function does while it runs
 
     # -- values
 
@@ -94,7 +96,7 @@ class _Recorder(TorchDispatchMode):
             self.varying.add(value.index)
         return value
 
-    def use(self, tensor: torch.Tensor, target: torch._ops.OpOverload) -> Value:
+    def use(self, tensor: torch.Tensor, target: Any) -> Value:
         if type(tensor) not in _PLAIN:
             raise Untraceable(f"{target}: tensor subclass {type(tensor).__name__}")
         value = self.values.get(id(tensor))
@@ -120,7 +122,9 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # Python scalars are literals; tensors become values before the op may change them.
+        if self.inside is not None:
+            return self.inside.run(func, args, kwargs, self)
+        # Tensors become values before the op may change them.
         ref_args, ref_kwargs = self._refer(args, func), self._refer(kwargs, func)
         inputs = [self.values[id(t)] for t in _tensors((args, kwargs))]
         varying = any(v.index in self.varying for v in inputs)
@@ -170,7 +174,29 @@ class _Recorder(TorchDispatchMode):
         )  # fmt: skip
         return result
 
-    def _refer(self, tree: Any, func: torch._ops.OpOverload) -> Any:
+    def call_function(self, cls: type, apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Record a custom ``autograd.Function`` as one op, so that its own backward is kept."""
+        if self.inside is not None:
+            return apply(*args)
+        ref_args = self._refer(args, cls.apply)
+        self.inside = _Inside()
+        try:
+            result = apply(*args)
+        finally:
+            inside, self.inside = self.inside, None
+        outputs = result if isinstance(result, tuple) else (result,)
+        if not all(isinstance(out, torch.Tensor) for out in outputs):
+            raise Untraceable(f"{cls.__name__} returns something else than tensors")
+        refs = tuple(self.define(out, varying=True) for out in outputs)
+        self.own_memory.update(self.memory[v.index] for v in refs)
+        self.functions.add(cls)
+        detached = self.grad and not torch.is_grad_enabled()
+        self.ops.append(
+            Op(cls.apply, ref_args, {}, refs, not isinstance(result, tuple), (), inside.draws, detached)
+        )
+        return result
+
+    def _refer(self, tree: Any, func: Any) -> Any:
         if isinstance(tree, torch.Tensor):
             return self.use(tree, func)
         if isinstance(tree, (tuple, list)) and not isinstance(tree, torch.Size):
@@ -211,6 +237,50 @@ class _Recorder(TorchDispatchMode):
                     raise Untraceable(f"{func} writes in place into a tensor that is not the step's own")
                 mutated.append(self.values[id(tensor)])
         return mutated
+
+
+class _Inside:
+    """Watches a custom function's ops without recording them."""
+
+    def __init__(self) -> None:
+        self.draws = False
+        self.made: set[int] = set()
+        self.kept: list[Any] = []
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict, recorder: _Recorder) -> Any:
+        self.draws = self.draws or _RANDOM in func.tags
+        if func._schema.is_mutable:
+            for i, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is None or not argument.alias_info.is_write:
+                    continue
+                given = args[i] if i < len(args) else kwargs.get(argument.name)
+                if any(_memory(t) not in self.made for t in _tensors(given)):
+                    raise Untraceable(f"{func} writes in place inside a custom autograd.Function")
+        before = {_memory(t) for t in _tensors((args, kwargs))}
+        result = func(*args, **kwargs)
+        self.kept.append(result)
+        self.made.update(m for t in _tensors(result) if (m := _memory(t)) not in before)
+        return result
+
+
+@contextmanager
+def _functions_as_ops(recorder: _Recorder) -> Iterator[None]:
+    """While tracing with gradients, hand every ``autograd.Function`` call to the recorder."""
+    if not recorder.grad:
+        yield
+        return
+    base = torch._C._FunctionBase.__dict__["apply"]
+    # Function.apply ends in super().apply, and that is looked up here.
+    level = torch.autograd.function._SingleLevelFunction
+
+    def apply(cls: type, *args: Any) -> Any:
+        return recorder.call_function(cls, base.__get__(None, cls), args)
+
+    level.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        del level.apply
 
 
 # Number of the memory behind a tensor. Not Tensor.untyped_storage(): the recorder refuses that one.
@@ -286,7 +356,7 @@ def trace(
         raise Untraceable("two inputs are one and the same tensor")
     before = _python_draws()
     try:
-        with _NoEscape(), recorder:
+        with _functions_as_ops(recorder), _NoEscape(), recorder:
             results = step(inputs)
     finally:
         for generator, state in recorder.generators.items():
@@ -302,7 +372,7 @@ def trace(
             value = recorder.define(tensor, varying=False)
             recorder.constants.append((value, tensor))
         outputs[key] = value
-    _refuse_python_backward(results, inputs)
+    _refuse_python_backward(results, recorder.functions)
     graph = StepGraph(
         named, recorder.constants, recorder.ops, outputs, recorder.checks,
         dict(recorder.memory), {i: Meta.of(t) for i, t in enumerate(recorder.tensors)},
@@ -312,10 +382,8 @@ def trace(
     return graph, results, recorder.scalar_reads
 
 
-def _refuse_python_backward(
-    results: Mapping[Any, torch.Tensor], inputs: Mapping[Any, torch.Tensor]
-) -> None:
-    """A torch.autograd.Function is seen as the ops of its forward; its own backward would be lost."""
+def _refuse_python_backward(results: Mapping[Any, torch.Tensor], recorded: set[type]) -> None:
+    """A backward written in Python that was not recorded as such would be lost in the replay."""
     stack = [t.grad_fn for t in results.values() if t.grad_fn is not None]
     seen = set()
     while stack:
@@ -324,5 +392,6 @@ def _refuse_python_backward(
             continue
         seen.add(node)
         if isinstance(node, torch.autograd.function.BackwardCFunction):
-            raise Untraceable(f"custom autograd.Function {type(node).__name__.removesuffix('Backward')}")
+            if type(node)._forward_cls not in recorded:
+                raise Untraceable(f"custom autograd.Function {type(node)._forward_cls.__name__}")
         stack.extend(next_node for next_node, _ in node.next_functions)

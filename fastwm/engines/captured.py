@@ -65,7 +65,10 @@ class CapturedLoop:
     def _loop(self, stop: bool, write: bool, exact: bool):
         key = (stop, write, exact)
         if key not in self._loops:
-            wanted = list(self.outputs) + [o for o in self.carried.values() if o in self.graph.outputs]
+            # What a carried input was at each step follows from what the steps wrote.
+            derived = {self.graph.inputs[path] for path in self.carried}
+            wanted = [o for o in self.outputs if self.graph.outputs[o] not in derived]
+            wanted += [o for o in self.carried.values() if o in self.graph.outputs]
             source = loop_source(
                 self.graph, self.carried, self.fed, wanted, self.flags if stop else [],
                 grad=self.grad, write=write, exact=exact, compiler=self.compiler,

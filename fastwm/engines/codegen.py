@@ -33,12 +33,14 @@ _IN_PLACE = {
 }
 
 
-def binding(target: torch._ops.OpOverload) -> Callable[..., Any]:
+def binding(target: Callable[..., Any]) -> Callable[..., Any]:
     """A callable for an ATen overload: torch's own Python binding where there is one.
 
     An ``OpOverload`` converts its arguments through boxed values, about 1-2 us a call more than the
     binding that ``torch.addmm`` and the like are.
     """
+    if not isinstance(target, torch._ops.OpOverload):
+        return target  # a custom autograd.Function
     name = target._schema.name.removeprefix("aten::")
     for namespace in (torch._C._VariableFunctions, torch._C._nn, torch._C.TensorBase):
         found = getattr(namespace, name, None)
@@ -128,7 +130,8 @@ def loop_source(
     bound: dict[Any, str] = {}
 
     def bind(obj: Any, prefix: str) -> str:
-        key = id(obj)
+        # Bound methods are made anew at each access, and equal.
+        key = obj if callable(obj) else id(obj)
         if key not in bound:
             bound[key] = f"{prefix}{len(bound)}"
             scope[bound[key]] = obj
@@ -218,7 +221,8 @@ def loop_source(
     flags = [root(graph.outputs[k]) for k in stop_on if graph.outputs[k].index in varying]
     constant_flags = [root(graph.outputs[k]) for k in stop_on if graph.outputs[k].index not in varying]
     moves = [(graph.inputs[k].index, root(graph.outputs[o])) for k, o in carried.items()]
-    moves = [(a, b) for a, b in moves if a != b]
+    read = {root(v) for op in body for v in op.inputs()} | set(collected)
+    moves = [(a, b) for a, b in moves if a != b and a in read]
     flags = list(dict.fromkeys(flags))
     if flags:
         text.append(f"{indent}if {' or '.join(f'v{i}.any()' for i in flags)}: break")
@@ -249,7 +253,8 @@ def _without_identities(graph: StepGraph, grad: bool) -> tuple[list[Op], dict[in
 
 def _default(op: Op, name: str, given: Any) -> bool:
     """A keyword that says what the schema says anyway need not be parsed again each step."""
-    for argument in op.target._schema.arguments:
+    schema = getattr(op.target, "_schema", None)
+    for argument in schema.arguments if schema is not None else ():
         if argument.name == name:
             return given is None and argument.default_value is None and argument.has_default_value()
     return False
