@@ -322,6 +322,22 @@ class WorldModelEnv(ModelBasedEnvBase):
 
     # ---------------------------------------------------------------- step
 
+    def step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """One step; with a mask under ``"_step"``, of the marked rows only.
+
+        Rows that are left out keep their state and flags, with no reward. (Upstream steps a selection
+        and forgets to put it back where the batch is the env's own, so ``break_when_all_done`` fails.)
+        """
+        marked = tensordict.pop("_step", None)
+        out = super().step(tensordict)
+        if marked is not None and not marked.all():
+            rows, after = marked.reshape(out.batch_size), out.get("next")
+            for key, value in after.items(True, True):
+                before = out.get(key, None)
+                before = torch.zeros_like(value) if before is None else before
+                after.set(key, _where_rows(rows, value, before))
+        return out
+
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         if self._keys_without_spec:  # no reset came before this step
             self._complete_specs(tensordict)
@@ -458,8 +474,7 @@ class WorldModelEnv(ModelBasedEnvBase):
                 continue
             old = out.get(key, None)
             if rows is not None and old is not None:
-                mask = rows.reshape(rows.shape + (1,) * (value.ndim - rows.ndim))
-                value = torch.where(mask, value, old)
+                value = _where_rows(rows, value, old)
             out.set(key, value)
         return out
 
@@ -537,6 +552,11 @@ class WorldModelEnv(ModelBasedEnvBase):
 
 def _leaf(key: NestedKey) -> str:
     return key if isinstance(key, str) else key[-1]
+
+
+def _where_rows(rows: torch.Tensor, value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Choose by row of the batch: ``rows`` is ``[*batch]``, the others ``[*batch, *event]``."""
+    return torch.where(rows.reshape(rows.shape + (1,) * (value.ndim - rows.ndim)), value, other)
 
 
 def _as_shape(

@@ -492,6 +492,21 @@ def test_step_ignores_a_next_left_over_from_another_step() -> None:
     assert not env._step(td)["reward"].any()
 
 
+@pytest.mark.parametrize("batch", [(B,), (2, B)])
+def test_a_partial_step_leaves_the_unmarked_rows_as_they_are(batch: tuple[int, ...]) -> None:
+    env = fastwm.WorldModelEnv(linear_world_model(), spec_env(), batch_size=[B])
+    td = env.reset(start(*batch)).set("action", torch.randn(*batch, ACTION))
+    td["done"][..., 1, :] = True
+    whole = env.step(td.clone())
+    mask = torch.zeros(*batch, 1, dtype=torch.bool)
+    mask[..., 0, :] = True
+    got = env.step(td.clone().set("_step", mask))
+    assert "_step" not in got.keys(True)
+    for key in ("latent", "reward", "done"):
+        old = td[key] if key in td else torch.zeros_like(whole["next", key])
+        assert torch.equal(got["next", key], torch.where(mask, whole["next", key], old)), key
+
+
 def test_without_a_reward_the_reward_is_zero(each_backend: str) -> None:
     wm = fastwm.WorldModel(
         module(nn.Linear(OBS, LATENT), ["observation"], ["latent"]),
