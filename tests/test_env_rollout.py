@@ -236,8 +236,75 @@ def test_trust_policy_hands_the_tensordict_to_any_callable() -> None:
         return td.set("action", torch.zeros(B, ACTION))
 
     linear_env(B).rollout(2, policy, tensordict=start(B), trust_policy=True)
-    assert len(seen) == 2
+    assert seen
     assert all(issubclass(t, TensorDictBase) for t in seen)
+
+
+class Schedule:
+    """A policy with Python state: its action is the number of times it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, td: TensorDictBase) -> TensorDictBase:
+        return td.set("action", self.next(td.batch_size))
+
+    def next(self, batch: torch.Size) -> torch.Tensor:
+        self.asked += 1
+        return torch.full((*batch, ACTION), float(self.asked))
+
+
+class ScheduleModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.schedule = Schedule()
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        return self.schedule.next(latent.shape[:-1])
+
+
+class ScheduleBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("asked", torch.zeros(()))
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        self.asked += 1
+        return self.asked.expand(*latent.shape[:-1], ACTION).clone()
+
+
+def schedule_iterator() -> Any:
+    numbers = iter(range(1, 99))
+    return lambda td: td.set("action", torch.full((*td.batch_size, ACTION), float(next(numbers))))
+
+
+def schedule_list() -> Any:
+    asked: list[int] = []
+
+    def policy(td: TensorDictBase) -> TensorDictBase:
+        asked.append(1)
+        return td.set("action", torch.full((*td.batch_size, ACTION), float(len(asked))))
+
+    return policy
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Schedule,
+        lambda: module(ScheduleModule(), ["latent"], ["action"]),
+        lambda: module(ScheduleBuffer(), ["latent"], ["action"]),
+        schedule_iterator,
+        schedule_list,
+    ],
+    ids=["callable", "module", "buffer", "iterator", "list"],
+)
+def test_a_policy_with_state_is_asked_once_a_step(make: Any) -> None:
+    env, policy = linear_env(B), make()
+    for rollout in range(3):
+        out = env.rollout(4, policy, tensordict=start(B), trust_policy=True)
+        want = [4.0 * rollout + i for i in (1, 2, 3, 4)]
+        assert out["action"][0, :, 0].tolist() == want
 
 
 def test_sampled_actions_follow_the_seed() -> None:
@@ -581,6 +648,18 @@ def test_other_entries_of_the_start_belong_to_the_first_step_alone() -> None:
     begin = start(B).set("note", torch.arange(B))
     out = linear_env(B).rollout(T, linear_policy(), tensordict=begin)
     assert torch.equal(out[:, 0]["note"], torch.arange(B))
+
+
+@pytest.mark.parametrize("stop", [True, False])
+@pytest.mark.parametrize("auto_reset", [True, False])
+def test_the_tensordict_given_is_not_written_into(auto_reset: bool, stop: bool) -> None:
+    begin = linear_env(B).reset(start(B))
+    before = begin.clone()
+    linear_env(B).rollout(
+        T, linear_policy(), tensordict=begin, auto_reset=auto_reset, break_when_any_done=stop
+    )
+    assert set(begin.keys(True)) == set(before.keys(True))
+    assert (begin == before).all()
 
 
 def test_the_same_start_can_be_given_twice() -> None:
