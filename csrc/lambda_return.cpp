@@ -14,9 +14,12 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
+// A bool tensor holds bytes of 0 or 1; as bool itself the compiler does not vectorise their loads.
+using flag_t = uint8_t;
+
 // The recurrence over time is one chain of dependent operations per row. A block of rows goes through it side by
-// side: enough chains in flight to hide their latency, few enough that the state stays in registers and L1.
-constexpr int64_t kBlock = 16;
+// side: enough chains in flight to hide their latency, few enough that a block's data stays in L1.
+constexpr int64_t kBlock = 32;
 // Elements below which a thread is not worth waking.
 constexpr int64_t kGrain = 16384;
 
@@ -60,40 +63,66 @@ scalar_t* mutable_data(const Tensor& tensor) {
   return static_cast<scalar_t*>(tensor.mutable_data_ptr());
 }
 
-// The offsets of up to kBlock rows in each of N tensors. When neighbouring rows are neighbouring elements in
-// every tensor (time-major data), `unit` lets the compiler use vector loads.
+// Where up to kBlock rows begin in each of N tensors.
 template <std::size_t N>
 struct Block {
   int64_t offsets[N][kBlock];
   int64_t count;
+  // Neighbouring rows are neighbouring elements in every tensor (time-major data): a step of the block is
+  // contiguous memory and the compiler vectorises over rows.
   bool unit = true;
 
   Block(const Rows<N>& rows, int64_t begin) : count(std::min(kBlock, rows.rows() - begin)) {
-    for (int64_t r = 0; r < count; ++r) {
-      const auto row = rows.offsets(begin + r);
+    auto position = rows.at(begin);
+    for (int64_t i = 0; i < count; ++i, position.next()) {
       for (std::size_t k = 0; k < N; ++k) {
-        offsets[k][r] = row[k];
-        unit = unit && row[k] == offsets[k][0] + r;
+        offsets[k][i] = position.offset(k);
+        unit = unit && (!rows.present(k) || offsets[k][i] == offsets[k][0] + i);
       }
     }
   }
-
-  template <bool kUnit>
-  int64_t at(std::size_t k, int64_t r) const {
-    return kUnit ? offsets[k][0] + r : offsets[k][r];
-  }
 };
 
-template <std::size_t N, typename F>
-void for_each_block(const Rows<N>& rows, const F& f) {
+// One step of a block in one tensor: lane i is row i.
+template <typename T, bool kUnit>
+struct Step {
+  T* __restrict pointer;
+  const int64_t* __restrict offsets;
+
+  template <std::size_t N>
+  Step(T* base, std::size_t k, int64_t t, const Rows<N>& rows, const Block<N>& block)
+      : pointer(base + t * rows.time_stride(k) + (kUnit ? block.offsets[k][0] : 0)), offsets(block.offsets[k]) {}
+
+  T& operator[](int64_t i) const { return pointer[kUnit ? i : offsets[i]]; }
+};
+
+template <typename Kernel>
+void run(const Kernel& kernel, const Rows<Kernel::kCount>& rows) {
   const int64_t blocks = (rows.rows() + kBlock - 1) / kBlock;
   const int64_t grain = std::max<int64_t>(1, kGrain / (kBlock * rows.time()));
+  const bool tensors = kernel.gamma != nullptr || kernel.lmbda != nullptr;
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      f(Block<N>(rows, b * kBlock));
+      const Block<Kernel::kCount> block(rows, b * kBlock);
+      if (tensors) {
+        block.unit ? kernel.template block<true, true>(rows, block) : kernel.template block<false, true>(rows, block);
+      } else {
+        block.unit ? kernel.template block<true, false>(rows, block) : kernel.template block<false, false>(rows, block);
+      }
     }
   });
 }
+
+// A discount or lambda: a tensor's, or the scalar where there is none. Kernels with scalars only (kTensors false)
+// are compiled apart: a choice within the loop over rows would keep it from being vectorised.
+template <typename scalar_t, bool kUnit, bool kTensors>
+struct Coefficient {
+  const bool present;
+  const scalar_t scalar;
+  const Step<const scalar_t, kUnit> step;
+
+  scalar_t operator[](int64_t i) const { return kTensors && present ? step[i] : scalar; }
+};
 
 template <typename scalar_t>
 struct Forward {
@@ -101,8 +130,8 @@ struct Forward {
 
   const scalar_t* value;
   const scalar_t* reward;
-  const bool* done;
-  const bool* terminated;
+  const flag_t* done;
+  const flag_t* terminated;
   const scalar_t* gamma;
   const scalar_t* lmbda;
   scalar_t* out;
@@ -110,31 +139,28 @@ struct Forward {
   scalar_t lmbda_scalar;
 
   // The order of the operations is that of the reference, and each is rounded once: equal to it bit for bit.
-  template <bool kUnit>
-  void run(const Rows<kCount>& rows, const Block<kCount>& block) const {
-    scalar_t carry[kBlock]; // the return of the step after this one
+  template <bool kUnit, bool kTensors>
+  void block(const Rows<kCount>& rows, const Block<kCount>& block) const {
+    scalar_t following[kBlock]; // the return of the step after this one
     for (int64_t t = rows.time() - 1; t >= 0; --t) {
-      const auto at = [&](std::size_t k, int64_t r) {
-        return block.template at<kUnit>(k, r) + t * rows.time_stride(k);
-      };
       const bool last = t == rows.time() - 1;
-      for (int64_t r = 0; r < block.count; ++r) {
-        const scalar_t is_done = done[at(kDone, r)];
-        const scalar_t v = value[at(kValue, r)] * static_cast<scalar_t>(!terminated[at(kTerminated, r)]);
-        const scalar_t g = gamma != nullptr ? gamma[at(kGamma, r)] : gamma_scalar;
-        const scalar_t l = lmbda != nullptr ? lmbda[at(kLambda, r)] : lmbda_scalar;
+      const Step<const scalar_t, kUnit> values(value, kValue, t, rows, block);
+      const Step<const scalar_t, kUnit> rewards(reward, kReward, t, rows, block);
+      const Step<const flag_t, kUnit> dones(done, kDone, t, rows, block);
+      const Step<const flag_t, kUnit> ends(terminated, kTerminated, t, rows, block);
+      const Coefficient<scalar_t, kUnit, kTensors> gammas{gamma != nullptr, gamma_scalar, {gamma, kGamma, t, rows, block}};
+      const Coefficient<scalar_t, kUnit, kTensors> lambdas{lmbda != nullptr, lmbda_scalar, {lmbda, kLambda, t, rows, block}};
+      const Step<scalar_t, kUnit> outs(out, kOut, t, rows, block);
+      for (int64_t i = 0; i < block.count; ++i) {
+        const scalar_t is_done = dones[i];
+        const scalar_t l = lambdas[i];
+        const scalar_t v = values[i] * (1 - static_cast<scalar_t>(ends[i]));
         // Products with the flag, not a choice: a NaN spreads as it does in the reference.
-        const scalar_t next = (last ? v : carry[r]) * (1 - is_done) + v * is_done;
-        carry[r] = reward[at(kReward, r)] + g * ((1 - l) * v + l * next);
-        out[at(kOut, r)] = carry[r];
+        const scalar_t bootstrap = (last ? v : following[i]) * (1 - is_done) + v * is_done;
+        following[i] = rewards[i] + gammas[i] * ((1 - l) * v + l * bootstrap);
+        outs[i] = following[i];
       }
     }
-  }
-
-  void operator()(const Rows<kCount>& rows) const {
-    for_each_block(rows, [&](const Block<kCount>& block) {
-      block.unit ? run<true>(rows, block) : run<false>(rows, block);
-    });
   }
 };
 
@@ -143,8 +169,8 @@ struct Backward {
   enum { kGrad, kDone, kTerminated, kGamma, kLambda, kGradValue, kGradReward, kCount };
 
   const scalar_t* grad;
-  const bool* done;
-  const bool* terminated;
+  const flag_t* done;
+  const flag_t* terminated;
   const scalar_t* gamma;
   const scalar_t* lmbda;
   scalar_t* grad_value;
@@ -152,35 +178,30 @@ struct Backward {
   scalar_t gamma_scalar;
   scalar_t lmbda_scalar;
 
-  template <bool kUnit>
-  void run(const Rows<kCount>& rows, const Block<kCount>& block) const {
+  template <bool kUnit, bool kTensors>
+  void block(const Rows<kCount>& rows, const Block<kCount>& block) const {
     scalar_t carry[kBlock] = {}; // what the steps before this one ask of this step's return
     for (int64_t t = 0; t < rows.time(); ++t) {
-      const auto at = [&](std::size_t k, int64_t r) {
-        return block.template at<kUnit>(k, r) + t * rows.time_stride(k);
-      };
       const bool last = t == rows.time() - 1;
-      for (int64_t r = 0; r < block.count; ++r) {
-        const scalar_t is_done = done[at(kDone, r)];
-        const scalar_t g = gamma != nullptr ? gamma[at(kGamma, r)] : gamma_scalar;
-        const scalar_t l = lmbda != nullptr ? lmbda[at(kLambda, r)] : lmbda_scalar;
-        const scalar_t total = grad[at(kGrad, r)] + carry[r];
-        const scalar_t scaled = g * total;
-        carry[r] = scaled * l * (1 - is_done);
-        scalar_t dv = scaled * (1 - l) + scaled * l * is_done;
-        if (last) {
-          dv += carry[r]; // the last step bootstraps from its own next value
-        }
-        grad_reward[at(kGradReward, r)] = total;
-        grad_value[at(kGradValue, r)] = dv * static_cast<scalar_t>(!terminated[at(kTerminated, r)]);
+      const Step<const scalar_t, kUnit> grads(grad, kGrad, t, rows, block);
+      const Step<const flag_t, kUnit> dones(done, kDone, t, rows, block);
+      const Step<const flag_t, kUnit> ends(terminated, kTerminated, t, rows, block);
+      const Coefficient<scalar_t, kUnit, kTensors> gammas{gamma != nullptr, gamma_scalar, {gamma, kGamma, t, rows, block}};
+      const Coefficient<scalar_t, kUnit, kTensors> lambdas{lmbda != nullptr, lmbda_scalar, {lmbda, kLambda, t, rows, block}};
+      const Step<scalar_t, kUnit> to_values(grad_value, kGradValue, t, rows, block);
+      const Step<scalar_t, kUnit> to_rewards(grad_reward, kGradReward, t, rows, block);
+      for (int64_t i = 0; i < block.count; ++i) {
+        const scalar_t is_done = dones[i];
+        const scalar_t l = lambdas[i];
+        const scalar_t total = grads[i] + carry[i];
+        const scalar_t scaled = gammas[i] * total;
+        carry[i] = scaled * l * (1 - is_done);
+        // The last step bootstraps from its own next value, so its carry comes back to it.
+        const scalar_t dv = scaled * (1 - l) + scaled * l * is_done + (last ? carry[i] : 0);
+        to_rewards[i] = total;
+        to_values[i] = dv * (1 - static_cast<scalar_t>(ends[i]));
       }
     }
-  }
-
-  void operator()(const Rows<kCount>& rows) const {
-    for_each_block(rows, [&](const Block<kCount>& block) {
-      block.unit ? run<true>(rows, block) : run<false>(rows, block);
-    });
   }
 };
 
@@ -210,16 +231,17 @@ Tensor lambda_return(
     using Kernel = Forward<scalar_t>;
     const Rows<Kernel::kCount> rows(
         {&next_value, &reward, &done, &terminated, pointer(gamma), pointer(lmbda), &out}, next_value.dim() - 2);
-    Kernel{
+    const Kernel kernel{
         data<scalar_t>(next_value),
         data<scalar_t>(reward),
-        data<bool>(done),
-        data<bool>(terminated),
+        data<flag_t>(done),
+        data<flag_t>(terminated),
         data<scalar_t>(gamma),
         data<scalar_t>(lmbda),
         mutable_data<scalar_t>(out),
         static_cast<scalar_t>(gamma_scalar),
-        static_cast<scalar_t>(lmbda_scalar)}(rows);
+        static_cast<scalar_t>(lmbda_scalar)};
+    run(kernel, rows);
   };
   dtype == ScalarType::Float ? launch(float{}) : launch(double{});
   return out;
@@ -248,16 +270,17 @@ std::tuple<Tensor, Tensor> lambda_return_backward(
     using Kernel = Backward<scalar_t>;
     const Rows<Kernel::kCount> rows(
         {&grad, &done, &terminated, pointer(gamma), pointer(lmbda), &grad_value, &grad_reward}, grad.dim() - 2);
-    Kernel{
+    const Kernel kernel{
         data<scalar_t>(grad),
-        data<bool>(done),
-        data<bool>(terminated),
+        data<flag_t>(done),
+        data<flag_t>(terminated),
         data<scalar_t>(gamma),
         data<scalar_t>(lmbda),
         mutable_data<scalar_t>(grad_value),
         mutable_data<scalar_t>(grad_reward),
         static_cast<scalar_t>(gamma_scalar),
-        static_cast<scalar_t>(lmbda_scalar)}(rows);
+        static_cast<scalar_t>(lmbda_scalar)};
+    run(kernel, rows);
   };
   dtype == ScalarType::Float ? launch(float{}) : launch(double{});
   return {grad_value, grad_reward};

@@ -18,6 +18,9 @@ class Rows {
  public:
   // Tensors share the shape of the first; an absent operand is passed as nullptr and gets stride 0.
   Rows(const std::array<const torch::stable::Tensor*, N>& tensors, int64_t time_dim) {
+    for (std::size_t k = 0; k < N; ++k) {
+      present_[k] = tensors[k] != nullptr;
+    }
     const auto& shape = *tensors[0];
     const int64_t ndim = shape.dim();
     time_ = shape.size(time_dim);
@@ -25,7 +28,7 @@ class Rows {
       const int64_t size = shape.size(d);
       std::array<int64_t, N> strides{};
       for (std::size_t k = 0; k < N; ++k) {
-        strides[k] = tensors[k] != nullptr ? tensors[k]->stride(d) : 0;
+        strides[k] = present_[k] ? tensors[k]->stride(d) : 0;
       }
       if (d == time_dim) {
         time_strides_ = strides;
@@ -45,20 +48,50 @@ class Rows {
 
   int64_t rows() const { return rows_; }
   int64_t time() const { return time_; }
+  bool present(std::size_t k) const { return present_[k]; }
   int64_t time_stride(std::size_t k) const { return time_strides_[k]; }
 
-  // Offsets, in elements, of a row's first time step in each tensor.
-  std::array<int64_t, N> offsets(int64_t row) const {
-    std::array<int64_t, N> out{};
-    for (const Dim& dim : dims_) {
-      const int64_t index = row % dim.size;
-      row /= dim.size;
-      for (std::size_t k = 0; k < N; ++k) {
-        out[k] += index * dim.strides[k];
+  // A row, as the offset in elements of its first time step in each tensor; stepping to the next row needs no
+  // division.
+  class Position {
+   public:
+    Position(const Rows& rows, int64_t row) : rows_(rows), index_(rows.dims_.size()) {
+      for (std::size_t d = 0; d < rows.dims_.size(); ++d) {
+        const Dim& dim = rows.dims_[d];
+        index_[d] = row % dim.size;
+        row /= dim.size;
+        move(dim, index_[d]);
       }
     }
-    return out;
-  }
+
+    int64_t offset(std::size_t k) const { return offsets_[k]; }
+
+    void next() {
+      for (std::size_t d = 0; d < rows_.dims_.size(); ++d) {
+        const Dim& dim = rows_.dims_[d];
+        move(dim, 1);
+        if (++index_[d] < dim.size) {
+          return;
+        }
+        move(dim, -dim.size);
+        index_[d] = 0;
+      }
+    }
+
+   private:
+    template <typename Dim>
+    void move(const Dim& dim, int64_t steps) {
+      for (std::size_t k = 0; k < N; ++k) {
+        offsets_[k] += steps * dim.strides[k];
+      }
+    }
+
+    const Rows& rows_;
+    std::vector<int64_t> index_;
+    std::array<int64_t, N> offsets_{};
+  };
+
+  Position at(int64_t row) const { return Position(*this, row); }
 
  private:
   struct Dim {
@@ -75,6 +108,7 @@ class Rows {
     return true;
   }
 
+  std::array<bool, N> present_{};
   int64_t rows_ = 1;
   int64_t time_ = 0;
   std::array<int64_t, N> time_strides_{};

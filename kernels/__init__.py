@@ -1,5 +1,26 @@
 """Triton kernels and their launchers, shipped as ``fastwm.kernels``.
 
-Nothing here imports Triton before it is asked for: the CPU builds of torch come without it, and no module of
-fastwm outside this folder may fail for the lack of it.
+Importing this package does not import Triton: the CPU builds of torch come without it, and no
+module of fastwm outside this folder may fail for the lack of it.
+
+Each kernel file ends with ``builds()``, the specialisations that are checked ahead of time; a new
+file is one line in ``MODULES``.
 """
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+__all__ = ["MODULES", "Build"]
+
+MODULES = ("lambda_return",)
+
+
+class Build(NamedTuple):
+    """One specialisation of a kernel, as ``python -m fastwm.kernels.aot`` compiles it."""
+
+    variant: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]

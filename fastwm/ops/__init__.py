@@ -1,0 +1,19 @@
+"""Operators: definition, fake, autograd and reference of each, one file per op.
+
+An op is defined here in Python, so it exists everywhere and runs on its reference everywhere. Where
+the C++ library is installed its CPU kernels take over, and on CUDA the Triton ones of
+``fastwm.kernels``.
+"""
+
+from __future__ import annotations
+
+from fastwm.ops.lambda_return import lambda_return, lambda_return_reference
+from fastwm.ops.library import CpuLibrary, cpu_isa, cpu_library
+
+__all__ = [
+    "CpuLibrary",
+    "cpu_isa",
+    "cpu_library",
+    "lambda_return",
+    "lambda_return_reference",
+]

@@ -1,0 +1,99 @@
+"""How far a fast path may be from its reference: one table, one line per thing compared.
+
+Every test, ``check_parity`` and benchmark takes its bounds from here. A line is an upper bound that
+follows from the arithmetic or from a promise of the design, never from what an implementation
+happened to reach.
+
+Example:
+    >>> import torch
+    >>> from fastwm.tolerances import tolerance
+    >>> tolerance("rollout", torch.float32).rtol
+    1e-05
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["TOLERANCES", "Tolerance", "tolerance"]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """``|fast - reference| <= atol + rtol * |reference|``, and where the two numbers come from."""
+
+    rtol: float
+    atol: float
+    why: str
+
+    def kwargs(self) -> dict[str, float]:
+        """For :func:`torch.testing.assert_close`."""
+        return {"rtol": self.rtol, "atol": self.atol}
+
+
+# Unit roundoff: 2**-24 = 6.0e-8 (float32), 2**-53 = 1.1e-16 (float64), 2**-11 = 4.9e-4 (float16),
+# 2**-8 = 3.9e-3 (bfloat16).
+TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
+    # A whole imagined rollout, engine against eager, and its gradients.
+    ("rollout", torch.float32): Tolerance(
+        1e-5, 1e-6, "the design's promise: 1e-5 relative after 15 steps; atol for values near zero"
+    ),
+    ("rollout", torch.float64): Tolerance(
+        1e-12, 1e-14, "the float32 line scaled by the ratio of unit roundoffs, with a margin of 50"
+    ),
+    ("rollout", torch.bfloat16): Tolerance(
+        4e-2,
+        4e-2,
+        "ten roundings at 3.9e-3: one per layer and step that may round in another order",
+    ),
+    ("rollout", torch.float16): Tolerance(5e-3, 5e-3, "ten roundings at 4.9e-4, as for bfloat16"),
+    ("rollout.gradient", torch.float32): Tolerance(
+        1e-4, 1e-5, "sums over batch and time in another order: sqrt(4096 * 15) roundings of 6e-8"
+    ),
+    ("rollout.gradient", torch.float64): Tolerance(
+        1e-11, 1e-13, "the float32 line scaled by the ratio of unit roundoffs, with a margin of 50"
+    ),
+    # fastwm.lambda_return. The CPU kernel keeps the reference's order of operations and rounds each
+    # once.
+    ("lambda_return", torch.float32): Tolerance(
+        0.0, 0.0, "same operations in the same order, no contraction: bit for bit"
+    ),
+    ("lambda_return", torch.float64): Tolerance(0.0, 0.0, "as for float32"),
+    ("lambda_return.gradient", torch.float32): Tolerance(
+        1e-5, 1e-6, "three products per step reassociated against autograd's order, over 129 steps"
+    ),
+    ("lambda_return.gradient", torch.float64): Tolerance(
+        1e-13, 1e-14, "as for float32, with float64's unit roundoff and a margin of 10"
+    ),
+    # The Triton twin is compiled without contraction, but a compiler may still reassociate what it
+    # proves equal.
+    ("lambda_return.triton", torch.float32): Tolerance(
+        1e-6,
+        1e-6,
+        "five roundings per step at 6e-8, damped by gamma * lambda < 1; atol for sums near zero",
+    ),
+    ("lambda_return.triton", torch.float64): Tolerance(
+        1e-14, 1e-14, "as for float32, with float64's unit roundoff"
+    ),
+    # The float32 recurrence against the same in float64: the honest error of the arithmetic itself.
+    ("lambda_return.float64", torch.float32): Tolerance(
+        1e-5,
+        1e-5,
+        "five roundings per step at 6e-8 accumulate over 1 / (1 - 0.99 * 0.95) = 17 steps",
+    ),
+}
+
+
+def tolerance(what: str, dtype: torch.dtype) -> Tolerance:
+    """The bound for ``what`` at ``dtype``.
+
+    Raises:
+        KeyError: the table has no such line; add one, with its reason, rather than choosing a
+            number in a test.
+    """
+    try:
+        return TOLERANCES[what, dtype]
+    except KeyError:
+        raise KeyError(f"fastwm/tolerances.py has no line for {what!r} at {dtype}.") from None
