@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import fastwm
@@ -25,8 +25,9 @@ HORIZONS = (5, 15, 50)
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fastwm bench",
-        description="Imagined rollouts on fastwm's engines and on its peers, in turns, parity first.",
-        epilog="Exit status 1: something was red or failed. What is recorded for the same code is not measured again.",
+        description="Imagined rollouts on fastwm's engines and their peers: in turns, parity first",
+        epilog="What is recorded for the same code is not measured again. "
+        "Exit status 1: something was red or failed.",
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="a few configurations, a minute or two")
@@ -49,18 +50,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _results(given: Path | None) -> Path:
-    """The checkout's folder where there is a checkout, else the same below the current directory."""
+    """The checkout's folder where there is a checkout, else one below the working directory."""
     if given is not None:
         return given
     root = Path(fastwm.__file__).resolve().parent.parent
     return (root if (root / "pyproject.toml").exists() else Path.cwd()) / "bench" / "results"
 
 
+def _cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _plan(options: argparse.Namespace, results: Path) -> Plan:
     quick, on_cpu = options.quick, options.device == "cpu"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    batches, horizons, directions = BATCHES, HORIZONS, DIRECTIONS
-    threads = tuple(n for n in (1, 2) if n <= cores) if on_cpu else (1,)
+    batches: tuple[int, ...] = BATCHES
+    horizons: tuple[int, ...] = HORIZONS
+    directions: tuple[str, ...] = DIRECTIONS
+    threads = tuple(n for n in (1, 2) if n <= _cores()) if on_cpu else (1,)
     effort = Effort()
     if quick:
         batches, horizons, threads = (1, 16, 256), (15,), (1,)
@@ -122,10 +131,10 @@ def _environment(plan: Plan, threads: int) -> dict[str, str]:
 def _run_worker(plan: Plan, threads: int) -> int:
     command = [sys.executable, "-m", "fastwm.bench.worker"]
     text = plan.with_threads(threads).to_json()
-    if plan.device != "cpu":  # the host threads of a CUDA run are left alone
-        return subprocess.run(command, input=text, text=True, env=_environment(plan, threads)).returncode
-    with _only_cores(threads):
-        return subprocess.run(command, input=text, text=True, env=_environment(plan, threads)).returncode
+    # The host threads of a CUDA run are left alone.
+    with _only_cores(threads) if plan.device == "cpu" else nullcontext():
+        env = _environment(plan, threads)
+        return subprocess.run(command, input=text, text=True, env=env).returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:

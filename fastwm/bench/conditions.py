@@ -32,16 +32,18 @@ def _git(*arguments: str) -> str | None:
 
 
 def commit() -> tuple[str | None, bool | None]:
-    """The commit of the checkout that is running and whether tracked code differs from it; (None, None) without git."""
+    """The checkout's commit and whether its code differs from that; (None, None) without git."""
     found = _git("rev-parse", "HEAD")
     if found is None:
         return None, None
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/fastwm", ":/csrc", ":/kernels")
+    folders = (":/fastwm", ":/csrc", ":/kernels")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *folders)
     return found, bool(changed)
 
 
 def code_hash() -> str:
-    """A fingerprint of the code that is running: every source file of the package, kernels and C++ included.
+    """A fingerprint of the code that is running: every source file of the package, kernels and C++
+    included.
 
     Two runs with the same fingerprint timed the same code, committed or not.
     """

@@ -1,7 +1,9 @@
-"""What this machine can do, measured in the same process as the providers, and the floor that follows.
+"""What this machine can do, measured in the same process as the providers, and the floor that
+follows.
 
-The peak is the best rate of ``torch.mm`` in float32 over a few square sizes. It is what the best matrix product
-at hand reaches, not what the data sheet promises, so a kernel may in principle come out above 100 %.
+The peak is the best rate of ``torch.mm`` in float32 over a few square sizes. It is what the best
+matrix product at hand reaches, not what the data sheet promises, so a kernel may in principle come
+out above 100 %.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -53,7 +56,8 @@ def measure(weight_bytes: int, device: str = "cpu", budget_s: float = 1.2) -> Li
     """Measure both limits in about ``budget_s`` seconds.
 
     The read rate is the best of a sum, a dot product and a matrix-vector product over a buffer of
-    ``weight_bytes``: at small batches every step has to read all the weights, from whichever cache holds them.
+    ``weight_bytes``: at small batches every step has to read all the weights, from whichever cache
+    holds them.
     """
     sync = synchronizer(device)
     sizes = (512, 1024, 2048) if device == "cpu" else (2048, 4096, 8192)
@@ -63,9 +67,7 @@ def measure(weight_bytes: int, device: str = "cpu", budget_s: float = 1.2) -> Li
             a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
             out = torch.empty(n, n, device=device)
 
-            def product(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> object:
-                return torch.mm(a, b, out=out)
-
+            product = partial(torch.mm, a, b, out=out)
             rate = 2 * n**3 / _best_seconds(product, sync, budget_s / (2 * len(sizes))) / 1e9
             if rate > gflops:
                 gflops, how = rate, f"torch.mm float32 {n}x{n}x{n}"
@@ -83,7 +85,7 @@ def measure(weight_bytes: int, device: str = "cpu", budget_s: float = 1.2) -> Li
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time a configuration can take: the larger of arithmetic and reading the weights every step."""
+    """The least time of a configuration: the larger of arithmetic and reading the weights."""
 
     compute_ms: float
     weights_ms: float
@@ -94,7 +96,7 @@ class Floor:
 
 
 def floor(case: Case, suite: Suite, limits: Limits, weight_bytes: int) -> Floor:
-    """Products at the peak; weights read once per step and pass, at the rate of the cache that holds them."""
+    """Products at the peak; weights read once per step and pass, at the measured rate."""
     passes = 2 if case.backward else 1
     return Floor(
         compute_ms=suite.flop(case.batch, case.horizon, case.backward) / limits.gflops / 1e6,

@@ -1,9 +1,11 @@
-"""Peak memory of one call, counted in physical pages, so that nothing can hide: no dispatcher, no profiler.
+"""Peak memory of one call, counted in physical pages, so that nothing can hide: no dispatcher, no
+profiler.
 
-On Linux the process resets its own high-water mark (``/proc/self/clear_refs``), runs the call, and reads the mark
-again. The C library keeps freed memory in its heap, which would blur this; the worker process that measures is
-therefore started with ``MALLOC_MMAP_THRESHOLD_`` set (:func:`environment`), so that every larger block is mapped on
-its own and given back when it is freed. On CUDA the allocator's own peak counter is read.
+On Linux the process resets its own high-water mark (``/proc/self/clear_refs``), runs the call, and
+reads the mark again. The C library keeps freed memory in its heap, which would blur this; the
+worker process that measures is therefore started with ``MALLOC_MMAP_THRESHOLD_`` set
+(:func:`environment`), so that every larger block is mapped on its own and given back when it is
+freed. On CUDA the allocator's own peak counter is read.
 """
 
 from __future__ import annotations
@@ -47,10 +49,19 @@ def unmeasurable(device: str) -> str | None:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes above what was held before the call: at the worst moment, and by what it returned."""
+    """Memory of one call.
+
+    Args:
+        peak_bytes: at the worst moment, beyond what is held without the provider; ``kept_bytes``
+        included.
+        output_bytes: behind what it returned.
+        kept_bytes: what the provider holds between calls (workspaces), found by letting go of it.
+        how: the method.
+    """
 
     peak_bytes: int
     output_bytes: int
+    kept_bytes: int
     how: str
 
 
@@ -93,11 +104,13 @@ def _give_back() -> None:
         trim(0)
 
 
-def peak_of(run: Callable[[], Any], device: str = "cpu") -> Peak:
-    """Run once to warm up, then measure one more call.
+def peak_of(make: Callable[[], Callable[[], Any]], device: str = "cpu") -> Peak:
+    """Make it, run it once to warm up, measure one more call, let go of it.
 
     Args:
-        run: returns everything that it means to keep.
+        make: returns what to run, which returns everything that it means to keep. Nothing else may
+        hold on
+            to what ``make`` returned.
         device: where its tensors are.
 
     Raises:
@@ -106,18 +119,34 @@ def peak_of(run: Callable[[], Any], device: str = "cpu") -> Peak:
     reason = unmeasurable(device)
     if reason:
         raise RuntimeError(f"Peak memory cannot be measured: {reason}.")
+    on_cuda = device.startswith("cuda")
+
+    def held() -> int:
+        _give_back()
+        if not on_cuda:
+            return _status("VmRSS")
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(device)
+
+    run = make()
     run()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    before = held()
+    if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        kept = run()
+        result = run()
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated(device) - before
-        return Peak(peak, held_bytes(kept), "torch.cuda.max_memory_allocated")
-    _give_back()
-    _CLEAR.write_text("5")
-    before = _status("VmRSS")
-    kept = run()
-    peak = _status("VmHWM") - before
-    return Peak(peak, held_bytes(kept), "resident high-water mark (VmHWM), large blocks mapped")
+        worst = torch.cuda.max_memory_allocated(device)
+    else:
+        _CLEAR.write_text("5")
+        result = run()
+        worst = _status("VmHWM")
+    output = held_bytes(result)
+    del run, result
+    # What becomes free with the provider was its own, not the process's.
+    kept = max(0, before - held())
+    how = (
+        "torch.cuda.max_memory_allocated"
+        if on_cuda
+        else "resident high-water mark (VmHWM), large blocks mapped"
+    )
+    return Peak(worst - before + kept, output, kept, how)

@@ -1,7 +1,7 @@
 """The models that are timed. A suite is one model: its modules, its arithmetic and its JAX twin.
 
-Every provider runs the same suite with the same weights, so a suite knows no provider and a provider
-knows no suite.
+Every provider runs the same suite with the same weights, so a suite knows no provider and a
+provider knows no suite.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 __all__ = ["OUTPUTS", "SUITES", "MLPWorldModel", "Model", "Suite", "suite"]
 
-#: What every provider returns, stacked over time: the state a step starts from, what was done there, and
-#: what came of it.
+#: What every provider returns, stacked over time: the state a step starts from, what was done
+#: there, and what came of it.
 OUTPUTS = ("latent", "action", "next_latent", "reward")
 
 
@@ -76,7 +76,7 @@ class MLPWorldModel(nn.Module):
 
 
 def _jax_mlp_step(weights: Mapping[str, Any], latent: Any) -> tuple[Any, Any, Any]:
-    """`MLPWorldModel.step` in JAX. ``weights`` has the names of the state_dict, matrices transposed."""
+    """`MLPWorldModel.step` in JAX. ``weights``: names of the state_dict, matrices transposed."""
     import jax
     import jax.numpy as jnp
 
@@ -120,8 +120,9 @@ class Suite:
     def flop(self, batch: int, horizon: int, backward: bool) -> int:
         """Floating-point operations of the matrix products of one rollout.
 
-        The backward pass has two products of the same size per product of the forward pass (towards the
-        input and towards the weights), so forward and backward together are three times the forward.
+        The backward pass has two products of the same size per product of the forward pass (towards
+        the input and towards the weights), so forward and backward together are three times the
+        forward.
         """
         return 2 * self.macs * batch * horizon * (3 if backward else 1)
 
@@ -143,7 +144,8 @@ def _mlp_suite() -> Suite:
         latent=latent,
         action=action,
         macs=_macs(MLPWorldModel(latent, hidden, action)),
-        # Four hidden-wide tensors per MLP (before and after each SiLU), its output, one concatenation.
+        # Four hidden-wide tensors per MLP (before and after each SiLU), its output, one
+        # concatenation.
         activations=3 * 4 * hidden + action + latent + 1 + (latent + action),
     )
 

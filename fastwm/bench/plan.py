@@ -71,5 +71,5 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         raw = json.loads(text)
-        raw["effort"] = Effort(**raw["effort"])
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+        lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        return cls(**{**lists, "effort": Effort(**raw["effort"])})

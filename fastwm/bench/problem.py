@@ -18,7 +18,8 @@ DIRECTIONS = ("forward", "backward")
 class Case:
     """A configuration: shapes, direction, threads, device.
 
-    ``direction="backward"`` is the forward pass and all gradients: of the policy, the model and the start.
+    ``direction="backward"`` is the forward pass and all gradients: of the policy, the model and the
+    start.
     """
 
     suite: str
@@ -45,8 +46,8 @@ class Problem:
     """Weights, start and cotangents, the same for every provider.
 
     ``cotangents`` are fixed random numbers for the next latents and the rewards, which is what an
-    actor-critic loss over an imagined batch sends back; given directly, so that no loss is timed. Their
-    scale keeps gradients of order one whatever the batch, so that one tolerance fits all.
+    actor-critic loss over an imagined batch sends back; given directly, so that no loss is timed.
+    Their scale keeps gradients of order one whatever the batch, so that one tolerance fits all.
     """
 
     suite: Suite

@@ -43,13 +43,13 @@ def time_table(rows: Sequence[TimeRow]) -> str:
         for row in rows
     ]
     head = [
-        "provider (* ours)", "ms", "quartiles", "vs torchrl", "vs best peer", "GFLOP/s", "of peak", "of floor",
-        "parity",
+        "provider (* ours)", "ms", "quartiles", "vs torchrl", "vs best peer", "GFLOP/s", "of peak",
+        "of floor", "parity",
     ]  # fmt: skip
     limit = first.limits
     notes = (
         f"best peer: {first.best_peer}   floor: {first.floor_ms:.3f} ms "
-        f"(arithmetic {first.floor_compute_ms:.3f}, reading weights {first.floor_weights_ms:.3f})   "
+        f"(arithmetic {first.floor_compute_ms:.3f}, weights {first.floor_weights_ms:.3f})   "
         f"peak: {limit['gflops']:.0f} GFLOP/s ({limit['how']})   rounds: {first.rounds}"
     )
     return table(head, lines) + "\n" + notes
@@ -64,12 +64,13 @@ def memory_table(rows: Sequence[MemoryRow]) -> str:
             f"{row.peak_bytes / mib:.1f}",
             f"{row.output_bytes / mib:.1f}",
             f"{(row.peak_bytes - row.output_bytes) / mib:.1f}",
+            f"{row.kept_bytes / mib:.1f}",
             f"{row.step_bytes / mib:.1f}",
             "yes" if row.peak_bytes <= row.output_bytes + row.step_bytes else "NO",
         ]
         for row in rows
     ]
-    head = ["provider (* ours)", "peak MiB", "output", "above output", "one step", "within"]
+    head = ["provider (* ours)", "peak MiB", "output", "above output", "kept", "one step", "within"]
     return table(head, lines) + f"\nmeasured as: {rows[0].how}"
 
 

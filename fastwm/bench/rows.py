@@ -1,4 +1,4 @@
-"""What is recorded: one JSON line per provider and configuration, with everything needed to repeat it."""
+"""What is recorded: one JSON line per provider and configuration, enough to repeat it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Row:
         machine, versions: :mod:`fastwm.bench.conditions`.
         suite, batch, horizon, direction, threads, device, dtype: the configuration.
         provider, ours: who did it; ``ours`` is True for an engine of fastwm.
-        parity: ``reference``, and per key ``worst`` (relative to the key's largest value) and ``used``
+        parity: ``reference``, and per key ``worst`` (relative to the key's largest value) and
+        ``used``
             (part of the tolerance).
         absent: providers that were asked for and did not run, with the reason.
     """
@@ -94,8 +95,9 @@ class MemoryRow(Row):
     """Peak memory of one call.
 
     Args:
-        peak_bytes: most memory held during the call beyond what was held before it.
+        peak_bytes: most memory held during the call beyond what is held without the provider.
         output_bytes: what the call returned.
+        kept_bytes: part of the peak that the provider holds between calls.
         step_bytes: one step's intermediates, all kept.
         how: the method.
     """
@@ -103,6 +105,7 @@ class MemoryRow(Row):
     kind: str = "memory"
     peak_bytes: int
     output_bytes: int
+    kept_bytes: int
     step_bytes: int
     how: str
 
@@ -129,7 +132,8 @@ def parse(raw: dict[str, Any]) -> Row:
     """A row from what JSON gave.
 
     Raises:
-        ValueError: another schema, an unknown kind, or a field that is missing, unknown or of the wrong type.
+        ValueError: another schema, an unknown kind, or a field that is missing, unknown or of the
+        wrong type.
     """
     if raw.get("schema") != SCHEMA:
         raise ValueError(f"Row of schema {raw.get('schema')!r}; this version reads {SCHEMA}.")

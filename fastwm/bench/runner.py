@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def _too_big(case: Case, suite: models.Suite) -> str | None:
     needed = 8 * suite.activations * case.batch * case.horizon
     if needed < 0.7 * free:
         return None
-    return f"backward may keep {needed / 2**30:.1f} GiB of activations, {free / 2**30:.1f} GiB are free"
+    wants, has = (f"{n / 2**30:.1f} GiB" for n in (needed, free))
+    return f"backward may keep {wants} of activations, {has} are free"
 
 
 class Session:
@@ -100,10 +102,13 @@ class Session:
 
     # ------------------------------------------------------------ parts of a configuration
 
-    def _build(self, case: Case, problem: Problem, outcome: Outcome) -> dict[str, _Entry]:
-        """Build and run everybody once; whoever cannot goes to ``outcome.absent``."""
+    def _build(
+        self, case: Case, problem: Problem, outcome: Outcome, names: Iterable[str]
+    ) -> dict[str, _Entry]:
+        """Build and run each once; whoever cannot goes to ``outcome.absent``."""
         entries = {}
-        for name, provider in self.providers.items():
+        for name in names:
+            provider = self.providers[name]
             reason = provider.refuses(case)
             if reason:
                 outcome.absent[name] = REFUSED, reason
@@ -169,18 +174,18 @@ class Session:
         outcome = Outcome(case)
         reason = _too_big(case, self.suite)
         if reason:
-            outcome.absent = {name: (REFUSED, reason) for name in self.providers}
+            outcome.absent = dict.fromkeys(self.providers, (REFUSED, reason))
             return outcome
         problem = Problem.of(case, self.suite)
-        entries = self._build(case, problem, outcome)
+        entries = self._build(case, problem, outcome, self.providers)
         expected = self._expected(entries)
         if expected is None:
             # Without a reference nothing can be green.
-            outcome.absent |= {n: (RED, "no reference to compare with") for n in entries}
+            outcome.absent |= dict.fromkeys(entries, (RED, "no reference to compare with"))
             return outcome
         self._judge(entries, expected, outcome, "before")
         if REFERENCE not in entries:
-            outcome.absent |= {n: (RED, "the reference does not repeat itself") for n in entries}
+            outcome.absent |= dict.fromkeys(entries, (RED, "the reference does not repeat itself"))
             return outcome
         runs = {name: entry.built.run for name, entry in entries.items()}
         samples = interleave(runs, self.plan.effort, case.device)
@@ -231,15 +236,16 @@ class Session:
             )
         return rows
 
+    def _run_of(self, name: str, problem: Problem) -> Callable[[], Any]:
+        return self.providers[name].build(problem).run
+
     def peak_memory(self, case: Case) -> Outcome:
-        """Peak memory of one call per provider, each alone: the others' results are gone by then."""
+        """Peak memory of one call per provider, one after the other, each alone in memory."""
         outcome = Outcome(case)
         problem = Problem.of(case, self.suite)
         expected: dict[str, Tensor] | None = None
         for name in list(self.providers):
-            only: Outcome = Outcome(case)
-            entries = self._restricted(name)._build(case, problem, only)
-            outcome.absent |= only.absent
+            entries = self._build(case, problem, outcome, [name])
             if name not in entries:
                 continue
             if expected is None:
@@ -248,29 +254,22 @@ class Session:
                     outcome.absent[name] = RED, "no reference to compare with"
                     continue
             self._judge(entries, expected, outcome, "before")
-            entry = entries.pop(name, None)
-            if entry is None:
+            if name not in entries:
                 continue
-            built, verdict = entry.built, entry.verdict
+            verdict = entries.pop(name).verdict
             assert verdict is not None
-            del entry
-            peak = memory.peak_of(built.run, case.device)
+            peak = memory.peak_of(partial(self._run_of, name, problem), case.device)
             outcome.rows.append(
                 MemoryRow(
                     **self._common(case, name, verdict, outcome),
                     peak_bytes=peak.peak_bytes,
                     output_bytes=peak.output_bytes,
+                    kept_bytes=peak.kept_bytes,
                     step_bytes=4 * self.suite.activations * case.batch,
                     how=peak.how,
                 )
             )
         return outcome
-
-    def _restricted(self, name: str) -> Session:
-        """This session with one provider."""
-        other = object.__new__(Session)
-        other.__dict__ = {**self.__dict__, "providers": {name: self.providers[name]}}
-        return other
 
 
 def recorded(rows: Iterable[Row], session: Session, case: Case, kind: str) -> list[Row]:
@@ -311,7 +310,8 @@ def run_plan(
 
     Args:
         plan: see :class:`Plan`.
-        show: called with each outcome, its number, how many there are, and whether it was already recorded.
+        show: called with each outcome, its number, how many there are, and whether it was already
+        recorded.
         providers: default: those that the plan names.
 
     Returns:

@@ -33,7 +33,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Samples:
-    """One provider's turns: milliseconds per call, one number per round, each over ``calls`` calls."""
+    """One provider's turns: milliseconds per call, one per round, over ``calls`` calls."""
 
     ms: tuple[float, ...]
     calls: int
@@ -72,15 +72,16 @@ def interleave(
 ) -> dict[str, Samples]:
     """Time every entry of ``runs`` once per round, all in the same order, round after round.
 
-    Each sample begins with one untimed call where calls are short: the caches then hold its own data, not
-    that of the provider before it. Call after warming up; nothing here waits for a compiler.
+    Each sample begins with one untimed call where calls are short: the caches then hold its own
+    data, not that of the provider before it. Call after warming up; nothing here waits for a
+    compiler.
     """
     sync = synchronizer(device)
     with _no_collection():
         once = {name: _seconds(run, 1, sync) for name, run in runs.items()}
         # The second look is what counts: the first may still have met cold caches.
         once = {name: min(once[name], _seconds(run, 1, sync)) for name, run in runs.items()}
-        calls = {n: max(1, math.ceil(effort.sample_seconds / max(s, 1e-9))) for n, s in once.items()}
+        calls = {n: math.ceil(effort.sample_seconds / max(s, 1e-9)) for n, s in once.items()}
         a_round = sum((calls[n] + (calls[n] > 1)) * once[n] for n in runs)
         wanted = int(effort.seconds / max(a_round, 1e-9))
         rounds = min(max(wanted, effort.min_rounds), effort.max_rounds)

@@ -1,4 +1,4 @@
-"""The parity gate: no number is reported for a provider whose outputs or gradients are not the reference's."""
+"""The parity gate: no number for a provider whose outputs or gradients are not the reference's."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def _fault(key: str, found: Tensor | None, expected: Tensor) -> str | None:
 
 
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Verdict:
-    """Every key of ``expected`` against ``found``, element by element, within ``fastwm/tolerances.py``.
+    """Every key of ``expected`` against ``found``, element by element, within
+    ``fastwm/tolerances.py``.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
 """The process of one thread count: a plan on standard input, tables on standard output.
 
-Its own process, because JAX and OpenMP fix their threads when they start: the parent has set this one's affinity
-and environment before anything is imported.
+Its own process, because JAX and OpenMP fix their threads when they start: the parent has set this
+one's affinity and environment before anything is imported.
 """
 
 from __future__ import annotations

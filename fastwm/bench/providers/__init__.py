@@ -1,8 +1,9 @@
 """Every way of doing the rollout that is timed: one line each in ``PROVIDERS``.
 
-A provider is built once per configuration, outside the clock, from a :class:`~fastwm.bench.problem.Problem`.
-It gives back a ``run``, which is timed, and a ``read``, which is not and turns what ``run`` returned into
-named torch tensors ``[B, T, ...]`` (and ``"grad/<name>"``) for the parity check.
+A provider is built once per configuration, outside the clock, from a
+:class:`~fastwm.bench.problem.Problem`. It gives back a ``run``, which is timed, and a ``read``,
+which is not and turns what ``run`` returned into named torch tensors ``[B, T, ...]`` (and
+``"grad/<name>"``) for the parity check.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ PROVIDERS: dict[str, Provider] = {
         Provider("jax-scan", jax_scan.build),
         Provider("fastwm-eager", env_rollout.fastwm("eager"), ours=True),
         Provider("fastwm-captured", env_rollout.fastwm("captured"), ours=True),
-        Provider("fastwm-captured-inductor", env_rollout.fastwm("captured", compile=True), ours=True),
+        Provider(
+            "fastwm-captured-inductor", env_rollout.fastwm("captured", inductor=True), ours=True
+        ),
     )
 }
 
@@ -53,7 +56,6 @@ def chosen(names: list[str]) -> dict[str, Provider]:
         elif name in PROVIDERS:
             found[name] = PROVIDERS[name]
         else:
-            raise ValueError(
-                f"Unknown provider {name!r}; choose from {', '.join(PROVIDERS)} or give module:attribute."
-            )
+            known = ", ".join(PROVIDERS)
+            raise ValueError(f"Unknown provider {name!r}; give module:attribute or one of {known}.")
     return found

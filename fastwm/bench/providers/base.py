@@ -14,7 +14,7 @@ __all__ = ["Built", "Provider", "Unavailable"]
 
 
 class Unavailable(Exception):
-    """This provider cannot run here; the message says why. Anything else that it raises is a failure."""
+    """This provider cannot run here; the message says why. Anything else raised is a failure."""
 
 
 @dataclass(frozen=True)

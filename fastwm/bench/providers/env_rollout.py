@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,8 @@ from torchrl.data import Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from fastwm.bench.problem import Problem, gradients
-from fastwm.bench.providers.base import Built, Unavailable
+from fastwm.bench.providers import torch_compile
+from fastwm.bench.providers.base import Built
 
 __all__ = ["fastwm", "torchrl"]
 
@@ -22,8 +22,8 @@ __all__ = ["fastwm", "torchrl"]
 class _Specs(EnvBase):
     """A base env that holds specs and is never run.
 
-    It is batched and its observation is the latent: otherwise torchrl 0.14.1 loses the specs' last dim or
-    never advances the latent.
+    It is batched and its observation is the latent: otherwise torchrl 0.14.1 loses the specs' last
+    dim or never advances the latent.
     """
 
     def __init__(self, batch: int, latent: int, action: int, device: Any) -> None:
@@ -44,7 +44,7 @@ class _Specs(EnvBase):
         raise NotImplementedError("this env only holds specs")
 
 
-def _built(problem: Problem, world_model_class: Any, env_class: Any, **env_options: Any) -> Built:
+def _built(problem: Problem, world_model_class: Any, env_class: Any) -> Built:
     suite, model, device = problem.suite, problem.model, problem.device
     world_model = world_model_class(
         # Needed by the constructor; an imagined rollout never encodes.
@@ -52,19 +52,16 @@ def _built(problem: Problem, world_model_class: Any, env_class: Any, **env_optio
         TensorDictModule(
             model.dynamics, in_keys=["latent", "action"], out_keys=[("next", "latent")]
         ),
-        TensorDictModule(
-            model.reward, in_keys=[("next", "latent")], out_keys=[("next", "reward")]
-        ),
+        TensorDictModule(model.reward, in_keys=[("next", "latent")], out_keys=[("next", "reward")]),
     )
     policy = TensorDictModule(model.policy, in_keys=["latent"], out_keys=["action"])
     base_env = _Specs(problem.batch, suite.latent, suite.action, device)
-    env = env_class(
-        world_model, base_env, observation_spec=base_env.observation_spec.clone(), **env_options
-    )
+    env = env_class(world_model, base_env, observation_spec=base_env.observation_spec.clone())
     rows, steps = (problem.batch, problem.horizon), problem.horizon
 
     def imagine() -> TensorDictBase:
-        # A new tensordict each time, as from an encoder: a rollout writes its flags into the one it is given.
+        # A new tensordict each time, as from an encoder: a rollout writes its flags into the one it
+        # is given.
         start = TensorDict({"latent": problem.start}, [problem.batch], device=device)
         return env.rollout(steps, policy, tensordict=start)
 
@@ -89,24 +86,30 @@ def _built(problem: Problem, world_model_class: Any, env_class: Any, **env_optio
 
 
 def torchrl(problem: Problem) -> Built:
-    """The published classes of torchrl: the definition of right, and the speed that ours is compared to."""
+    """The published classes of torchrl: the definition of right, and the speed to compare with."""
     from torchrl.envs.model_based import WorldModelEnv
     from torchrl.modules import WorldModel
 
     return _built(problem, WorldModel, WorldModelEnv)
 
 
-def fastwm(backend: str, **options: Any) -> Callable[[Problem], Built]:
-    """Our classes with ``backend=`` fixed, so that nothing else can run in its name."""
+def fastwm(backend: str, *, inductor: bool = False) -> Callable[[Problem], Built]:
+    """Our classes with ``backend=`` fixed, so that nothing else can run in its name.
+
+    Args:
+        backend: the engine.
+        inductor: compile its step.
+    """
 
     def build(problem: Problem) -> Built:
         import fastwm as library
 
-        known = inspect.signature(library.WorldModelEnv.__init__).parameters
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise Unavailable(f"WorldModelEnv takes no {unknown[0]}= in this version")
-        env = library.WorldModelEnv
-        return _built(problem, library.WorldModel, env, backend=backend, **options)
+        def make(*args: Any, **kwargs: Any) -> EnvBase:
+            env = library.WorldModelEnv(*args, backend=backend, **kwargs)
+            return env.compile() if inductor else env
+
+        if inductor:
+            torch_compile.check_compiler(problem)
+        return _built(problem, library.WorldModel, make)
 
     return build

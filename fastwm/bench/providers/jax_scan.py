@@ -1,6 +1,7 @@
 """JAX: `jit` of `lax.scan` over the same step with the same weights.
 
-Its stacked outputs stay in scan's own layout, time first, and its matrices in the layout that it multiplies
+Its stacked outputs stay in scan's own layout, time first, and its matrices in the layout that it
+multiplies
 without a transpose: what a JAX program would do. The parity check transposes, outside the clock.
 """
 
