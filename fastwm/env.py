@@ -12,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.data import Composite, ReplayBuffer, TensorSpec
 from torchrl.envs import EnvBase
+from torchrl.envs.common import _cache_value
 from torchrl.envs.model_based import ModelBasedEnvBase
 
 from fastwm.backends import check_name
@@ -21,6 +22,7 @@ from fastwm.request import Request
 from fastwm.rollout import rollout
 from fastwm.specs import (
     has_lazy,
+    nested_groups,
     next_key,
     probe_encoder,
     rebatch,
@@ -158,6 +160,10 @@ class WorldModelEnv(ModelBasedEnvBase):
         else:
             observation = observation_spec.clone()
         state = Composite(shape=self.batch_size, device=self.device)
+        groups = nested_groups(
+            len(self.batch_size),
+            self.full_action_spec, self.full_reward_spec, self.full_done_spec, known,
+        )  # fmt: skip
         self._keys_without_spec: tuple[NestedKey, ...] = ()
         given = set(observation.keys(True, True))
         in_base = set(known.keys(True, True))
@@ -177,9 +183,9 @@ class WorldModelEnv(ModelBasedEnvBase):
                     missing.append(key)
                     continue
                 leaf = unbounded(value, 1, self.batch_size, self.device)
-            with_leaf(state, key, leaf.clone())
+            with_leaf(state, key, leaf.clone(), groups)
             if key in self.step_keys.carried and key not in given:
-                with_leaf(observation, key, leaf)
+                with_leaf(observation, key, leaf, groups)
         self.observation_spec = observation
         self.state_spec = state
         self._keys_without_spec = tuple(missing)
@@ -206,16 +212,27 @@ class WorldModelEnv(ModelBasedEnvBase):
         if not found:
             return
         observation, state = self.full_observation_spec.clone(), self.full_state_spec.clone()
+        groups = dict(self._nested_groups)
         for key in found:
             leaf = unbounded(
                 tensordict.get(key), tensordict.batch_dims, self.batch_size, self.device
             )
-            with_leaf(state, key, leaf)
+            with_leaf(state, key, leaf, groups)
             if key in self.step_keys.carried:
-                with_leaf(observation, key, leaf.clone())
+                with_leaf(observation, key, leaf.clone(), groups)
         self.observation_spec, self.state_spec = observation, state
         self._keys_without_spec = tuple(k for k in self._keys_without_spec if k not in found)
         self.empty_cache()
+
+    @property
+    @_cache_value
+    def _nested_groups(self) -> list[tuple[NestedKey, torch.Size]]:
+        """Groups of the specs with batch dims of their own, as ``agents: [*batch, N]``, outer first."""
+        specs = (
+            self.full_action_spec, self.full_reward_spec, self.full_done_spec,
+            self.full_observation_spec, self.full_state_spec,
+        )  # fmt: skip
+        return list(nested_groups(len(self.batch_size), *specs).items())
 
     def _leading(self, batch_size: torch.Size) -> torch.Size:
         """The dims of a batch that stand before this env's own."""
@@ -359,6 +376,12 @@ class WorldModelEnv(ModelBasedEnvBase):
             value = predicted.get(key, None)
             out.set(key, spec.zero(lead) if value is None else _as_shape(key, value, spec, lead))
         self._set_done(predicted, out, lead)
+        for path, tail in self._nested_groups:
+            group, given = out.get(path, None), tensordict.get(path, None)
+            if group is not None:
+                # That of the input, so that steps stack; with none to go by, the spec's.
+                size = (*out.batch_size, *tail) if given is None else given.batch_size
+                group.batch_size = torch.Size(size)
         return out
 
     def _check_closes(self, tensordict: TensorDictBase, predicted: TensorDictBase) -> None:
@@ -446,6 +469,12 @@ class WorldModelEnv(ModelBasedEnvBase):
         zero_done = self.full_done_spec.zero(lead)
         for key in self.full_done_spec.keys(True, True):
             start.set(key, zero_done.get(key))
+        for path, tail in self._nested_groups:
+            group = start.get(path, None)
+            # A caller's group may hold entries without the spec's extra dims: it stays as it is.
+            size = torch.Size([*start.batch_size, *tail])
+            if group is not None and all(v.shape[: len(size)] == size for v in group.values()):
+                group.batch_size = size
         return start
 
     def _reset_proc_data(

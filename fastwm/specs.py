@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,16 @@ from torch.nn.parameter import is_lazy
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
-__all__ = ["StepKeys", "has_lazy", "next_key", "probe_encoder", "rebatch", "step_keys", "unbounded"]
+__all__ = [
+    "StepKeys",
+    "has_lazy",
+    "nested_groups",
+    "next_key",
+    "probe_encoder",
+    "rebatch",
+    "step_keys",
+    "unbounded",
+]
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ def step_keys(step_module: torch.nn.Module, action_keys: list[NestedKey]) -> Ste
 def rebatch(spec: TensorSpec, batch_dims: int, batch_size: torch.Size) -> TensorSpec:
     """Replace the leading ``batch_dims`` of a spec by ``batch_size``; trailing dims stay.
 
-    A batch that is the spec's own stays as it is, also when it is empty or its rows differ in bounds.
+    A batch that is the spec's own stays as it is, even if it is empty or its rows differ.
     """
     if spec.shape[:batch_dims] == batch_size and batch_dims == len(batch_size):
         return spec.clone()
@@ -98,11 +108,33 @@ def probe_encoder(world_model: object, base_env: EnvBase, device) -> TensorDictB
         return None
 
 
-def with_leaf(spec: Composite, key: NestedKey, leaf: TensorSpec) -> None:
-    """Set a possibly nested leaf, creating the composites on the way."""
-    if isinstance(key, tuple) and len(key) > 1:
-        if key[0] not in spec.keys():
-            spec[key[0]] = Composite(shape=spec.shape, device=spec.device)
-        with_leaf(spec[key[0]], key[1] if len(key) == 2 else key[1:], leaf)
-    else:
-        spec[key if isinstance(key, str) else key[0]] = leaf
+def nested_groups(batch_dims: int, *specs: Composite) -> dict[NestedKey, torch.Size]:
+    """Groups with batch dims beyond the specs' own, ``agents: [*batch, N]`` as ``{"agents": [N]}``.
+
+    Outer groups come before those inside them.
+    """
+    found = {
+        unravel_key(path): group.shape[batch_dims:]
+        for spec in specs
+        for path, group in spec.items(True, False)
+        if isinstance(group, Composite) and len(group.shape) > batch_dims
+    }
+    outer_first = sorted(found, key=lambda path: 1 if isinstance(path, str) else len(path))
+    return {path: found[path] for path in outer_first}
+
+
+def with_leaf(
+    spec: Composite, key: NestedKey, leaf: TensorSpec, groups: Mapping[NestedKey, torch.Size]
+) -> None:
+    """Set a possibly nested leaf, creating the composites on the way in the shapes of ``groups``."""
+    path = (key,) if isinstance(key, str) else key
+    batch = spec.shape
+    for depth in range(1, len(path)):
+        name = path[depth - 1]
+        if name not in spec:
+            shape = torch.Size([*batch, *groups.get(unravel_key(path[:depth]), ())])
+            # A leaf without the group's extra dims keeps the group to the dims it has.
+            shape = shape if leaf.shape[: len(shape)] == shape else spec.shape
+            spec[name] = Composite(shape=shape, device=spec.device)
+        spec = spec[name]
+    spec[path[-1]] = leaf
