@@ -19,7 +19,7 @@ from fastwm.backends import check_name
 from fastwm.engines.inductor import inductor
 from fastwm.explain import Explanation, explain
 from fastwm.request import Request
-from fastwm.rollout import rollout
+from fastwm.rollout import own_copy, rollout
 from fastwm.specs import (
     has_lazy,
     nested_groups,
@@ -293,6 +293,7 @@ class WorldModelEnv(ModelBasedEnvBase):
     def eager_rollout(self, request: Request) -> TensorDictBase:
         """The reference: ``EnvBase.rollout`` itself, on this env."""
         arguments = {f.name: getattr(request, f.name) for f in fields(request)}
+        arguments["tensordict"] = own_copy(request.tensordict)
         return super().rollout(**arguments)
 
     def explain(
@@ -506,6 +507,24 @@ class WorldModelEnv(ModelBasedEnvBase):
                 value = _where_rows(rows, value, old)
             out.set(key, value)
         return out
+
+    def starts_plainly(self, tensordict: TensorDictBase) -> bool:
+        """Whether ``reset(tensordict)`` would keep the latents given and clear every done flag.
+
+        Raises:
+            RuntimeError: what ``reset`` raises for a batch or a latent of another shape.
+        """
+        self._assert_tensordict_shape(tensordict)
+        if (
+            type(self)._reset is not WorldModelEnv._reset
+            or self._keys_without_spec
+            or self._absent_keys(tensordict)
+            or any(tensordict.get(key, None) is not None for key in self.reset_keys)
+            or "_reset" not in self.reset_keys
+        ):
+            return False
+        self._check_latents(tensordict)
+        return True
 
     def _absent_keys(self, tensordict: TensorDictBase | None) -> list[NestedKey]:
         required = self.step_keys.required or (self.latent_key,)

@@ -16,8 +16,9 @@ from fastwm.engines.captured import CapturedLoop
 from fastwm.engines.codegen import step_varying
 from fastwm.nvtx import annotate
 from fastwm.request import Feed, NotCapturable, Request
-from fastwm.traced_step import TracedStep, trace_step
+from fastwm.traced_step import StateChanges, TracedStep, trace_step
 from fastwm.tracing import preserved_random_state
+from fastwm.watch import TooLarge, Watch
 
 if TYPE_CHECKING:
     from fastwm.env import WorldModelEnv
@@ -33,7 +34,7 @@ _PATIENCE = 16  # plans made in a row without one being used again, before auto 
 class Plan:
     """A traced step that held when it was made, or the reason why there is none."""
 
-    watch: Any
+    watch: Watch | None
     traced: TracedStep | None = None
     loop: CapturedLoop | None = None
     reason: str = ""
@@ -44,6 +45,8 @@ class Plan:
 
     def holds(self) -> tuple[bool, str | None]:
         """Whether nothing the trace took for granted has changed; else what did."""
+        if self.watch is None:
+            return True, None
         if not self.watch.unchanged():
             same, what = self.watch.reconcile()
             if not same:
@@ -82,6 +85,18 @@ class PlanCache:
     warned: set[str] = field(default_factory=set)
     last_change: str = ""
     traces: int = 0  # how often a step was traced
+    state_changes: dict[Any, int] = field(default_factory=dict)
+    zeros: dict[Any, dict[Any, torch.Tensor]] = field(default_factory=dict)
+
+    def zero_done(self, env: WorldModelEnv, batch_size: torch.Size) -> dict[Any, torch.Tensor]:
+        """The done flags of a fresh start. Read only: every output copies them."""
+        key = batch_size, id(env.output_spec)
+        if key not in self.zeros:
+            if len(self.zeros) >= _KEYS:
+                self.zeros.clear()
+            zero = env.full_done_spec.zero(env._leading(batch_size))
+            self.zeros[key] = {k: zero.get(k) for k in env.full_done_spec.keys(True, True)}
+        return self.zeros[key]
 
 
 # Outside the env, so that pickling, copying and state_dict never meet a plan.
@@ -146,7 +161,7 @@ def plan_for(
         )
     cache.unused += 1
     with annotate("fastwm.plan"):
-        plan = _make(env, request, td, feed, cache)
+        plan = _make(env, request, td, feed, cache, key)
     if variants is None:
         variants = cache.plans[key] = []
         while len(cache.plans) > _KEYS:
@@ -163,10 +178,9 @@ def _usable(plan: Plan) -> Plan:
 
 
 def _make(
-    env: WorldModelEnv, request: Request, td: TensorDictBase, feed: Feed | None, cache: PlanCache
-) -> Plan:
-    from fastwm.watch import TooLarge, Watch
-
+    env: WorldModelEnv, request: Request, td: TensorDictBase, feed: Feed | None, cache: PlanCache,
+    key: Any,
+) -> Plan:  # fmt: skip
     policy = None if feed is not None else request.compatible_policy(env)
     cache.traces += 1
     try:
@@ -183,6 +197,12 @@ def _make(
         plan.bind()
         _verify(env, plan, td, feed, results)
         return plan
+    except StateChanges as reason:
+        # Once may be a cache that fills itself; a step that does it again is left to the eager path.
+        cache.state_changes[key] = cache.state_changes.get(key, 0) + 1
+        if cache.state_changes[key] < 2:
+            raise
+        return Plan(None, reason=str(reason))
     except NotCapturable as reason:
         # Remember the refusal, with what it rests on, so as not to trace again at each call.
         try:

@@ -31,9 +31,6 @@ def rollout(env: WorldModelEnv, request: Request) -> TensorDictBase:
         RuntimeError: an engine was asked for by name and cannot run this.
     """
     name = requested(env.backend)
-    if request.tensordict is not None:
-        # The caller's tensordict is not ours to write into.
-        request.tensordict = request.tensordict.copy()
     if name == "eager":
         return env.eager_rollout(request)
     if name == "fused":
@@ -69,7 +66,6 @@ def captured_rollout(env: WorldModelEnv, request: Request) -> TensorDictBase:
         NotCapturable: before anything of the caller's was changed.
     """
     request.refuse(env)
-    original = request.tensordict
     random_state = _RandomState(env.device)
     td = start_of(env, request)
     feed = request.feed(env, td.batch_size)
@@ -79,7 +75,6 @@ def captured_rollout(env: WorldModelEnv, request: Request) -> TensorDictBase:
     except NotCapturable:
         # A start drawn from initial_state has to be drawn again by the eager path.
         random_state.restore()
-        request.tensordict = original
         raise
 
 
@@ -99,10 +94,25 @@ class _RandomState:
 
 def start_of(env: WorldModelEnv, request: Request) -> TensorDictBase:
     """The tensordict of the first step, as ``EnvBase.rollout`` gets it."""
-    given = request.tensordict
+    given = own_copy(request.tensordict)
     if not request.auto_reset:
-        return env.maybe_reset(given.copy())
-    return env.reset(None if given is None else given.copy(), set_state=request.set_state)
+        return env.maybe_reset(given)
+    if given is not None and request.set_state is not False and env.starts_plainly(given):
+        # What reset does to a start that has its latents and asks for no partial reset.
+        zero = cache_of(env).zero_done(env, given.batch_size)
+        for key, value in zero.items():
+            given.set(key, value)
+        return given
+    return env.reset(given, set_state=request.set_state)
+
+
+def own_copy(start: TensorDictBase | None) -> TensorDictBase | None:
+    """The caller's start, ours to write into, without what another step left under ``"next"``."""
+    if start is None:
+        return None
+    start = start.copy()
+    start.pop("next", None)
+    return start
 
 
 def _run(

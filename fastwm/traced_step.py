@@ -18,9 +18,13 @@ from fastwm.watch import Location, TooLarge, Watch
 if TYPE_CHECKING:
     from fastwm.env import WorldModelEnv
 
-__all__ = ["TracedStep", "trace_step"]
+__all__ = ["StateChanges", "TracedStep", "trace_step"]
 
 Path = tuple[str, ...]
+
+
+class StateChanges(NotCapturable):
+    """The step writes Python attributes: a counter, a schedule, or a cache filled at its first call."""
 
 
 @dataclass
@@ -66,26 +70,30 @@ def trace_step(
     """
     roots = [env.world_model] if feed is not None else [env.world_model, policy, original]
     try:
-        for attempt in range(2):
-            watch = Watch(roots, opaque=[env])
-            _refuse_modules(watch)
+        watch = Watch(roots, opaque=[env])
+        _refuse_modules(watch)
+        restore = watch.snapshot()
+        try:
             traced = _trace_twice(env, policy, feed, start, watch)
-            # A first call may fill caches; a step that changes attributes at each call is another matter.
-            if watch.unchanged() or watch.reconcile()[0]:
-                return traced
-            if attempt:
-                raise Untraceable(f"the step changes Python state: {watch.reconcile()[1]}")
-    except (Untraceable, TooLarge, TypeError) as error:
-        if isinstance(error, TypeError) and "at (" not in str(error):
-            raise NotCapturable(f"the eager step raises: {error}") from error
+        finally:
+            # Asking the step must leave no trace: the rollout to come asks it again.
+            same, what = (True, None) if watch.unchanged() else watch.reconcile()
+            restore()
+        if not same:
+            raise StateChanges(f"the step changes Python state: {what}")
+        return traced
+    except StateChanges:
+        raise
+    except (Untraceable, TooLarge) as error:
         raise NotCapturable(str(error)) from error
     except Exception as error:
         # The eager path will raise the same, at the right place.
         raise NotCapturable(f"the eager step raises {type(error).__name__}: {error}") from error
-    raise AssertionError("unreachable")
 
 
 def _refuse_modules(watch: Watch) -> None:
+    if watch.unwatchable:
+        raise Untraceable(f"the policy or the model holds a {watch.unwatchable[0]}, whose state is hidden")
     for module in watch.modules:
         name = type(module).__name__
         hooks = [

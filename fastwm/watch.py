@@ -9,6 +9,7 @@ asked before every rollout.
 from __future__ import annotations
 
 import functools
+import random
 import types
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -16,11 +17,13 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 
 __all__ = ["Location", "TooLarge", "Watch"]
 
 _LIMIT = 20_000  # watched entries; beyond that looking would cost more than it saves
+_RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
 _LEAVES = (
     bool, int, float, complex, str, bytes, type, types.ModuleType, types.BuiltinFunctionType,
     torch.dtype, torch.device, torch.Size, torch.layout, type(None), type(Ellipsis), torch.Generator,
@@ -60,12 +63,13 @@ class Watch:
 
     def __init__(self, roots: Iterable[Any], opaque: Iterable[Any] = ()) -> None:
         self.dicts: list[dict] = []
-        self.lists: list[list] = []
+        self.lists: list[list | deque] = []
         self.sets: list[tuple[set, frozenset]] = []
         self.names: list[tuple[dict, str]] = []
         self.cells: list[_Cell] = []
         self.tensors: dict[int, Location] = {}
         self.modules: list[torch.nn.Module] = []
+        self.unwatchable: list[str] = []  # iterators and the like: state that cannot be looked at
         self._visited: dict[int, Any] = {id(o): o for o in opaque}
         self._count = 0
         queue = deque(roots)
@@ -83,6 +87,8 @@ class Watch:
         self._visited[id(obj)] = obj
         if isinstance(obj, torch.Tensor):
             return
+        if hasattr(type(obj), "__next__") or isinstance(obj, _RANDOM):
+            self.unwatchable.append(type(obj).__name__)
         if isinstance(obj, torch.nn.Module):
             self.modules.append(obj)
         if isinstance(obj, dict):
@@ -90,7 +96,10 @@ class Watch:
         elif isinstance(obj, list):
             self.lists.append(obj)
             self._enter(obj, enumerate(obj), push)
-        elif isinstance(obj, (tuple, deque)):
+        elif isinstance(obj, deque):
+            self.lists.append(obj)
+            self._enter(obj, enumerate(obj), push)
+        elif isinstance(obj, tuple):
             self._enter(obj, enumerate(obj), push)
         elif isinstance(obj, (set, frozenset)):
             self.sets.append((obj, frozenset(obj)))
@@ -163,6 +172,9 @@ class Watch:
 
     def remember(self) -> None:
         """Take the present state as the one to hold."""
+        # Most dicts of a module are its empty hook tables: those are only asked whether they still are.
+        self._empty = [d for d in self.dicts if not d]
+        self.dicts = [d for d in self.dicts if d]
         self._size = self._sizes()
         self._saved = list(self._values())
 
@@ -170,6 +182,7 @@ class Watch:
         """Whether every watched entry is still the very same object."""
         return (
             self._sizes() == self._size
+            and not any(self._empty)
             and all(map(is_, self._values(), self._saved))
             and all(s == saved for s, saved in self.sets)
         )
@@ -181,7 +194,7 @@ class Watch:
             ``(True, None)`` when all that changed are values equal to what they replace and tensors of
             the same shape, dtype, device and gradient flag (then remembered anew), else ``(False, what)``.
         """
-        if self._sizes() != self._size:
+        if self._sizes() != self._size or any(self._empty):
             return False, "an attribute, submodule or hook was added or removed"
         if any(s != saved for s, saved in self.sets):
             return False, "a set changed"
@@ -196,15 +209,33 @@ class Watch:
         self.remember()
         return True, None
 
-    def changed_since(self) -> list[tuple[dict, Any, Any]]:
-        """Dict entries that differ from what was remembered: ``(dict, key, old value)``."""
-        changed, position = [], 0
-        for mapping in self.dicts:
-            for key, value in mapping.items():
-                if position < len(self._saved) and value is not self._saved[position]:
-                    changed.append((mapping, key, self._saved[position]))
-                position += 1
-        return changed
+    def snapshot(self) -> Callable[[], None]:
+        """Remember the contents of everything watched; the function returned puts them back."""
+        dicts = [(d, dict(d)) for d in chain(self.dicts, self._empty)]
+        lists = [(items, list(items)) for items in self.lists]
+        sets = [(s, saved) for s, saved in self.sets if isinstance(s, set)]
+        names = [(scope, name, scope.get(name)) for scope, name in self.names]
+        cells = [(box.cell, box[0]) for box in self.cells]
+
+        def restore() -> None:
+            for mapping, saved in dicts:
+                if len(mapping) != len(saved) or not all(map(is_, mapping.values(), saved.values())):
+                    mapping.clear()
+                    mapping.update(saved)
+            for items, kept in lists:
+                if len(items) != len(kept) or not all(map(is_, items, kept)):
+                    items.clear()
+                    items.extend(kept)
+            for current, members in sets:
+                if current != members:
+                    current.clear()
+                    current.update(members)
+            for scope, name, value in names:
+                scope[name] = value
+            for cell, value in cells:
+                cell.cell_contents = value
+
+        return restore
 
 
 class _Cell:
