@@ -539,7 +539,11 @@ class WorldModelEnv(ModelBasedEnvBase):
             if key in self._keys_without_spec:
                 continue
             got, want = tensordict.get(key).shape, torch.Size([*lead, *spec[key].shape])
-            if got != want:
+            fits = len(got) == len(want) and all(
+                a == b or b == -1  # -1: a dim that the spec leaves open
+                for a, b in zip(got, want, strict=True)
+            )
+            if not fits:
                 raise RuntimeError(
                     f"The start's {key!r} has shape {tuple(got)}, the env expects {tuple(want)}."
                 )

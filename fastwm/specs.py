@@ -126,7 +126,7 @@ def nested_groups(batch_dims: int, *specs: Composite) -> dict[NestedKey, torch.S
 def with_leaf(
     spec: Composite, key: NestedKey, leaf: TensorSpec, groups: Mapping[NestedKey, torch.Size]
 ) -> None:
-    """Set a possibly nested leaf, creating the composites on the way in the shapes of ``groups``."""
+    """Set a possibly nested leaf; composites on the way are made in the shapes of ``groups``."""
     path = (key,) if isinstance(key, str) else key
     batch = spec.shape
     for depth in range(1, len(path)):
