@@ -10,7 +10,8 @@ VENV ?= .venv
 TORCH_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+# What the editable install takes a snapshot of: the library, and which folders are packages.
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/* fastwm/__init__.py fastwm/*/__init__.py)
 
 .PHONY: demo test bench lint format doctor clean
 .DEFAULT_GOAL := test

@@ -1,5 +1,6 @@
 """fastwm: TorchRL's world-model API at the speed of the machine."""
 
+from fastwm import _requirements  # noqa: F401 (first: names what is missing)
 from fastwm.backends import backend
 from fastwm.backends import requested as requested_backend
 from fastwm.env import WorldModelEnv

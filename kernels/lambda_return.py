@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastwm.kernels import Build
 from torch import Tensor
+
+from fastwm.kernels import Build
 
 __all__ = ["backward", "builds", "forward", "lambda_return_bwd_kernel", "lambda_return_fwd_kernel"]
 
@@ -254,7 +255,8 @@ def _launch(
             for x, scalar in ((gamma, gamma_scalar), (lmbda, lmbda_scalar))
         )
     written = [_three_dims(x) for x in outputs]
-    tensors = [*(_three_dims(x) for x in (*inputs, gamma, lmbda)), *written]
+    read = [None if x is None else _three_dims(x) for x in (*inputs, gamma, lmbda)]
+    tensors = [*read, *written]
     n_batch, n_time, n_features = written[0].shape
     n_rows = n_batch * n_features
     strides = [s for x in tensors for s in ((0, 0, 0) if x is None else x.stride())]
@@ -277,9 +279,9 @@ def _launch(
             target.copy_(source.view(target.shape))
 
 
-def _three_dims(x: Tensor | None) -> Tensor | None:
+def _three_dims(x: Tensor) -> Tensor:
     """``[*batch, time, feature]`` as ``[batch, time, feature]``: a view wherever there is one."""
-    if x is None or x.ndim == 3:
+    if x.ndim == 3:
         return x
     return x.unsqueeze(0) if x.ndim == 2 else x.flatten(0, -3)
 
@@ -289,7 +291,7 @@ def builds() -> Iterator[Build]:
     launches."""
     for kernel in (lambda_return_fwd_kernel, lambda_return_bwd_kernel):
         for dtype, has in (("fp32", False), ("fp32", True), ("fp64", True)):
-            constexprs = {"HAS_GAMMA": has, "HAS_LMBDA": has, "BLOCK": BLOCK}
+            constexprs: dict[str, Any] = {"HAS_GAMMA": has, "HAS_LMBDA": has, "BLOCK": BLOCK}
             signature = {}
             for name in kernel.arg_names:
                 if name in constexprs:

@@ -97,17 +97,17 @@ def lambda_return(
             )
         out = _non_rolling(gamma, lmbda, next_state_value, reward, done, terminated)
     else:
-        gamma, gamma_scalar = _coefficient(gamma, next_state_value)
-        lmbda, lmbda_scalar = _coefficient(lmbda, next_state_value)
+        gamma_, gamma_scalar = _coefficient(gamma, next_state_value)
+        lmbda_, lmbda_scalar = _coefficient(lmbda, next_state_value)
         dtype = next_state_value.dtype
         in_kernel = (
             dtype in _KERNEL_DTYPES
-            and all(x is None or x.dtype == dtype for x in (reward, gamma, lmbda))
+            and all(x is None or x.dtype == dtype for x in (reward, gamma_, lmbda_))
             and not torch._C._are_functorch_transforms_active()
         )
         function = torch.ops.fastwm.lambda_return.default if in_kernel else _rolling
         out = function(
-            next_state_value, reward, done, terminated, gamma, lmbda, gamma_scalar, lmbda_scalar
+            next_state_value, reward, done, terminated, gamma_, lmbda_, gamma_scalar, lmbda_scalar
         )
     if time_dim != -2:
         out = out.transpose(time_dim, -2) if len(shape) > 1 else out.squeeze(-1)
@@ -137,10 +137,10 @@ def lambda_return_reference(
         True
     """
     terminated = done if terminated is None else terminated
-    gamma, gamma_scalar = _coefficient(gamma, next_state_value)
-    lmbda, lmbda_scalar = _coefficient(lmbda, next_state_value)
+    gamma_, gamma_scalar = _coefficient(gamma, next_state_value)
+    lmbda_, lmbda_scalar = _coefficient(lmbda, next_state_value)
     return _rolling(
-        next_state_value, reward, done, terminated, gamma, lmbda, gamma_scalar, lmbda_scalar
+        next_state_value, reward, done, terminated, gamma_, lmbda_, gamma_scalar, lmbda_scalar
     )
 
 
@@ -237,11 +237,12 @@ def _non_rolling(
     lmbda_, lmbda_scalar = _coefficient(lmbda, next_value)
     steps = []
     for t in range(next_value.shape[-2]):
-        tail = [x[..., t:, :] for x in (next_value, reward, done, terminated)]
-        own = [
-            None if x is None else x[..., t : t + 1, :].expand_as(tail[0]) for x in (gamma_, lmbda_)
-        ]
-        steps.append(_rolling(*tail, *own, gamma_scalar, lmbda_scalar)[..., 0, :])
+        value, *rest = (x[..., t:, :] for x in (next_value, reward, done, terminated))
+        own = (
+            None if x is None else x[..., t : t + 1, :].expand_as(value) for x in (gamma_, lmbda_)
+        )
+        arguments: tuple[Any, ...] = (*rest, *own, gamma_scalar, lmbda_scalar)
+        steps.append(_rolling(value, *arguments)[..., 0, :])
     return torch.stack(steps, -2)
 
 
