@@ -14,6 +14,7 @@ from tensordict.nn.probabilistic import interaction_type
 from fastwm.assemble import leaves
 from fastwm.engines.captured import CapturedLoop
 from fastwm.engines.codegen import step_varying
+from fastwm.engines.cuda_graph import GraphedLoop, graphed_loop
 from fastwm.nvtx import annotate
 from fastwm.request import Feed, NotCapturable, Request
 from fastwm.traced_step import StateChanges, TracedStep, trace_step
@@ -41,7 +42,7 @@ class Plan:
     exact: bool = False
     metas: list[tuple] = field(default_factory=list)
     constants: list[torch.Tensor] = field(default_factory=list)
-    graphs: dict[Any, Any] = field(default_factory=dict)  # CUDA graphs by horizon
+    graphed: GraphedLoop | None = None
 
     def holds(self) -> tuple[bool, str | None]:
         """Whether nothing the trace took for granted has changed; else what did."""
@@ -196,6 +197,7 @@ def _make(
         plan = Plan(traced.watch, traced, loop)
         plan.bind()
         _verify(env, plan, td, feed, results)
+        plan.graphed = graphed_loop(loop, next(iter(results.values())).device)
         return plan
     except StateChanges as reason:
         # Once may be a cache that fills itself; a step that does it again is left to the eager path.

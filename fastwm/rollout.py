@@ -11,6 +11,7 @@ from torchrl.envs.utils import _replace_last
 
 from fastwm.backends import requested
 from fastwm.engines.captured import ChecksFailed
+from fastwm.engines.cuda_graph import CaptureFailed, graphs_apply
 from fastwm.nvtx import annotate
 from fastwm.plan import Plan, cache_of, plan_for
 from fastwm.request import Feed, NotCapturable, Request
@@ -47,13 +48,13 @@ def rollout(env: WorldModelEnv, request: Request) -> TensorDictBase:
     return env.eager_rollout(request)
 
 
-def _warn_once(env: WorldModelEnv, reason: str) -> None:
+def _warn_once(env: WorldModelEnv, reason: str, engine: str = "eager engine") -> None:
     warned = cache_of(env).warned
     if reason in warned or torch._C._len_torch_dispatch_stack():
         return
     warned.add(reason)
     warnings.warn(
-        f"fastwm: this rollout runs on the eager engine: {reason}. "
+        f"fastwm: this rollout runs on the {engine}: {reason}. "
         "(env.explain(...) says more; backend='eager' asks for it and silences this.)",
         stacklevel=5,
     )
@@ -124,16 +125,10 @@ def _run(
     if feed is not None and feed.horizon is not None:
         horizon = min(horizon, feed.horizon)
     restarts = not request.stops and env.initial_state is not None
+    stop = request.stops or restarts
     try:
         with annotate("fastwm.replay"):
-            steps, values = loop.run(
-                horizon,
-                {path: value.contiguous() for path, value in start.items()},
-                plan.constants,
-                None if feed is None else feed.next,
-                stop=request.stops or restarts,
-                exact=plan.exact,
-            )
+            steps, values, feed = _replay(env, request, plan, td, start, feed, horizon, stop)
     except ChecksFailed:
         raise NotCapturable("a distribution's argument validation fails") from None
     if restarts and (steps < horizon or _any_flag(values, traced.flags)):
@@ -149,6 +144,28 @@ def _run(
         if out.device != device:
             out = out.to(device)
     return out
+
+
+def _replay(
+    env: WorldModelEnv, request: Request, plan: Plan, td: TensorDictBase, start: dict,
+    feed: Feed | None, horizon: int, stop: bool,
+) -> tuple[int, dict, Feed | None]:  # fmt: skip
+    inputs = {path: value.contiguous() for path, value in start.items()}
+    if plan.graphed is not None and graphs_apply():
+        before = _RandomState(next(iter(inputs.values())).device)
+        try:
+            given = None if feed is None else feed.next
+            return *plan.graphed.run(
+                horizon, inputs, plan.constants, given, stop=stop, exact=plan.exact
+            ), feed  # fmt: skip
+        except CaptureFailed as reason:
+            _warn_once(env, str(reason), "traced loop, uncaptured")
+            before.restore()
+            feed = request.feed(env, td.batch_size)
+    given = None if feed is None else feed.next
+    return *plan.loop.run(
+        horizon, inputs, plan.constants, given, stop=stop, exact=plan.exact
+    ), feed  # fmt: skip
 
 
 def _any_flag(values: dict, flags: tuple) -> bool:

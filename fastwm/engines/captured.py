@@ -104,6 +104,25 @@ class CapturedLoop:
         Raises:
             ChecksFailed: the eager path would have raised.
         """
+        steps, results, checks = self.record(
+            horizon, inputs, constants, feed, stop=stop, exact=exact
+        )
+        if checks and not bool(torch.stack(checks).all()):
+            raise ChecksFailed
+        return steps, results
+
+    def record(
+        self,
+        horizon: int,
+        inputs: dict[Any, torch.Tensor],
+        constants: Sequence[torch.Tensor],
+        feed: Callable[[], Sequence[torch.Tensor]] | None,
+        *,
+        stop: bool,
+        exact: bool = False,
+    ) -> tuple[int, dict[Any, torch.Tensor], list[torch.Tensor]]:
+        """As :meth:`run`, with the checks returned and not looked at: nothing here waits for the device
+        unless ``stop`` asks for it, so that it can be captured."""
         source, run = self._loop(stop, False, exact)
         write = (
             not self.grad
@@ -133,14 +152,12 @@ class CapturedLoop:
             sinks = [steps.append for steps in lists]
         with annotate("fastwm.loop"):
             steps, fixed_values, checks = run(horizon, start, constants, feed, sinks)
-        if checks and not bool(torch.stack(checks).all()):
-            raise ChecksFailed
         if write and steps < horizon:
             stacked = {i: t.narrow(dim, 0, steps).clone() for i, t in stacked.items()}
         each = None if write else dict(zip(source.collected, lists, strict=True))
         fixed = dict(zip(source.fixed, fixed_values, strict=True))
         with annotate("fastwm.stack"):
-            return steps, self._results(source, inputs, steps, each, stacked, fixed)
+            return steps, self._results(source, inputs, steps, each, stacked, fixed), checks
 
     def _results(self, source, inputs, steps, each, stacked, fixed):
         """Give every output its own memory: stack, shift by one step, or repeat."""
