@@ -244,7 +244,8 @@ class WorldModelEnv(ModelBasedEnvBase):
         if dims and tensordict.batch_size[-dims:] != self.batch_size:
             raise RuntimeError(
                 "Expected a tensordict with shape==env.batch_size (extra leading dims are accepted), "
-                f"got {tensordict.batch_size} and {self.batch_size}"
+                f"got {tensordict.batch_size} and {self.batch_size}. An env with batch_size=[] takes any "
+                "batch, which is what planners want."
             )
 
     # ---------------------------------------------------------------- rollout
