@@ -42,7 +42,7 @@ def cpu_library() -> CpuLibrary:
     import fastwm
 
     # An editable install spreads the package over the checkout and site-packages.
-    candidates = (Path(folder) / name for folder in fastwm.__path__ for name in _NAMES)
+    candidates = (Path(folder) / "lib" / name for folder in fastwm.__path__ for name in _NAMES)
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         return CpuLibrary(None, False, "fastwm was installed without its C++ library")
