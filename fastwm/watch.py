@@ -1,20 +1,26 @@
 """Watching Python objects for change: what makes a plan stale.
 
 A trace bakes in everything that Python decided: module attributes, the training flag, which submodule
-is called, what a closure holds. :class:`Watch` walks all that a set of roots can reach and remembers it
-by identity. Asking whether anything changed is a handful of C-level passes over flat lists, since it is
-asked before every rollout.
+is called, what a closure holds, a constant at the top of the user's file. :class:`Watch` walks all that a
+set of roots can reach and remembers it by identity. Asking whether anything changed is a handful of
+C-level passes over flat lists, since it is asked before every rollout.
 """
 
 from __future__ import annotations
 
+import array
 import functools
+import io
+import logging
 import random
+import sys
 import types
-from collections import deque
-from collections.abc import Callable, Iterable
-from itertools import chain
-from operator import is_
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from itertools import chain, repeat
+from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
@@ -23,11 +29,19 @@ import torch
 __all__ = ["Location", "TooLarge", "Watch"]
 
 _LIMIT = 20_000  # watched entries; beyond that looking would cost more than it saves
+_ARRAY_BYTES = 1 << 16  # arrays are compared by content
 _RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
-_LEAVES = (
-    bool, int, float, complex, str, bytes, type, types.ModuleType, types.BuiltinFunctionType,
-    torch.dtype, torch.device, torch.Size, torch.layout, type(None), type(Ellipsis), torch.Generator,
+_CONSTANTS = (
+    bool, int, float, complex, str, bytes, range, slice, np.generic,
+    types.BuiltinFunctionType, types.CodeType, torch.dtype, torch.device, torch.Size, torch.layout, type(None), type(Ellipsis), torch.Generator,
 )  # fmt: skip
+_OPAQUE = (logging.Logger, logging.Handler, io.IOBase, types.FrameType)
+# Libraries whose code does not change under way. Their objects' attributes are watched all the same.
+_LIBRARIES = sys.stdlib_module_names | {
+    "fastwm", "functorch", "kernels", "numpy", "tensordict", "torch", "torchrl", "triton",
+}  # fmt: skip
+_NOT_CALLED = {"__init__", "__new__", "__del__", "__repr__", "__str__", "__reduce__", "__reduce_ex__",
+               "__getstate__", "__setstate__", "__deepcopy__", "__init_subclass__"}  # fmt: skip
 
 
 class TooLarge(Exception):
@@ -39,7 +53,7 @@ class Location:
 
     __slots__ = ("holder", "key")
 
-    def __init__(self, holder: dict | list | tuple, key: Any) -> None:
+    def __init__(self, holder: Any, key: Any) -> None:
         self.holder = holder
         self.key = key
 
@@ -50,8 +64,9 @@ class Location:
 class Watch:
     """Remembers the state reachable from ``roots`` and says whether it still holds.
 
-    Watched: attributes, parameters, buffers and submodules of modules; items of dicts, lists, tuples and
-    sets; attributes of plain objects; closures, defaults and the globals a function names.
+    Watched: attributes, parameters, buffers and submodules of modules; items of dicts, lists, tuples, sets
+    and small arrays; attributes (and slots) of plain objects; attributes of the user's classes; and of each
+    of the user's functions that can be reached: its code, closure, defaults and the globals it names.
 
     Args:
         roots: modules, functions, any objects.
@@ -62,95 +77,201 @@ class Watch:
     """
 
     def __init__(self, roots: Iterable[Any], opaque: Iterable[Any] = ()) -> None:
-        self.dicts: list[dict] = []
-        self.lists: list[list | deque] = []
-        self.sets: list[tuple[set, frozenset]] = []
-        self.names: list[tuple[dict, str]] = []
-        self.cells: list[_Cell] = []
         self.tensors: dict[int, Location] = {}
         self.modules: list[torch.nn.Module] = []
         self.unwatchable: list[str] = []  # iterators and the like: state that cannot be looked at
-        self._visited: dict[int, Any] = {id(o): o for o in opaque}
+        self._tied: dict[int, list[Location]] = {}  # tensors found in several places
+        self._dicts: list[dict] = []
+        self._empty: list[dict] = []
+        self._lists: list[list | deque] = []
+        self._classes: list[types.MappingProxyType] = []
+        self._owners: list[type] = []
+        self._forwards: list[type] = []
+        self._scopes: list[dict] = []  # globals, each by the name beside it
+        self._names: list[str] = []
+        self._functions: list[types.FunctionType] = []
+        self._cells: list[types.CellType] = []
+        self._slots: list[tuple[Any, str]] = []
+        self._contexts: list[ContextVar] = []
+        self._sets: list[set | frozenset] = []
+        self._saved_sets: list[frozenset] = []
+        # Object, how to copy it, the copy.
+        self._copies: list[tuple[Any, Callable[[Any], Any], Any]] = []
+        # Methods are entered once some entered function names them.
+        self._named: set[str] = {"forward"}
+        self._waiting: dict[str, list[Any]] = {}
+        self._scanned: set[tuple[int, types.CodeType]] = set()
+        # What was visited is held, so that no id is reused while this object lives. Except for what is
+        # opaque: a plan must not keep its env alive.
+        self._visited: dict[int, Any] = {id(o): None for o in opaque}
         self._count = 0
         queue = deque(roots)
-        # Roots are held, so that no id is reused while this object lives.
         self._roots = list(queue)
+        self._push = queue.append
         while queue:
-            self._visit(queue.popleft(), queue.append)
+            self._visit(queue.popleft())
+        del self._push, self._waiting, self._scanned
+        self._slot_objects = [o for o, _ in self._slots]
+        self._slot_names = [n for _, n in self._slots]
+        self._sized = [*self._dicts, *self._lists, *self._classes]
         self.remember()
 
     # -- walking
 
-    def _visit(self, obj: Any, push: Callable[[Any], None]) -> None:
-        if isinstance(obj, _LEAVES) or id(obj) in self._visited:
+    def _visit(self, obj: Any) -> None:
+        if isinstance(obj, _CONSTANTS) or id(obj) in self._visited:
             return
         self._visited[id(obj)] = obj
         if isinstance(obj, torch.Tensor):
-            return
-        if hasattr(type(obj), "__next__") or isinstance(obj, _RANDOM):
+            if obj.__dict__:
+                self._watch_dict(obj.__dict__)
+        elif isinstance(obj, type):
+            self._watch_class(obj)
+        elif isinstance(obj, (types.ModuleType, *_OPAQUE)):
+            return  # of a module, only what is named is watched
+        elif isinstance(obj, types.FunctionType):
+            self._watch_function(obj)
+        elif isinstance(obj, types.MethodType):
+            self._push(obj.__self__)
+            self._push(obj.__func__)
+        elif isinstance(obj, functools.partial):
+            self._push(obj.func)
+            self._enter(obj.args, enumerate(obj.args))
+            self._watch_dict(obj.keywords)
+        elif isinstance(obj, weakref.ref):
+            self._push(obj())
+        elif isinstance(obj, ContextVar):
+            self._contexts.append(obj)
+            self._push(obj.get(None))
+        else:
+            self._watch_items(obj)
+            self._watch_attributes(obj)
+
+    def _watch_items(self, obj: Any) -> None:
+        if isinstance(obj, dict):
+            self._watch_dict(obj)
+            if obj and isinstance(obj, OrderedDict):  # its order is not that of the dict inside
+                self._watch_copy(obj, tuple)
+        elif isinstance(obj, (list, deque)):
+            self._lists.append(obj)
+            self._enter(obj, enumerate(obj))
+        elif isinstance(obj, tuple):
+            self._enter(obj, enumerate(obj))
+        elif isinstance(obj, (set, frozenset)):
+            self._sets.append(obj)
+            self._saved_sets.append(frozenset(obj))
+            for item in obj:
+                self._push(item)
+        elif isinstance(obj, types.MappingProxyType):
+            self._classes.append(obj)
+            self._enter(obj, obj.items())
+        elif isinstance(obj, (np.ndarray, bytearray, array.array)):
+            if memoryview(obj).nbytes > _ARRAY_BYTES:
+                self.unwatchable.append(f"{type(obj).__name__} of {memoryview(obj).nbytes} bytes")
+            else:
+                self._watch_copy(obj, bytes if isinstance(obj, bytearray) else _to_bytes)
+        elif hasattr(type(obj), "__next__") or isinstance(obj, _RANDOM):
             self.unwatchable.append(type(obj).__name__)
+
+    def _watch_attributes(self, obj: Any) -> None:
+        attributes = getattr(obj, "__dict__", None)
+        if isinstance(attributes, dict):
+            self._watch_dict(attributes)
         if isinstance(obj, torch.nn.Module):
             self.modules.append(obj)
-        if isinstance(obj, dict):
-            self._watch_dict(obj, push)
-        elif isinstance(obj, list):
-            self.lists.append(obj)
-            self._enter(obj, enumerate(obj), push)
-        elif isinstance(obj, deque):
-            self.lists.append(obj)
-            self._enter(obj, enumerate(obj), push)
-        elif isinstance(obj, tuple):
-            self._enter(obj, enumerate(obj), push)
-        elif isinstance(obj, (set, frozenset)):
-            self.sets.append((obj, frozenset(obj)))
-        elif isinstance(obj, types.FunctionType):
-            self._watch_function(obj, push)
-        elif isinstance(obj, types.MethodType):
-            push(obj.__self__)
-            push(obj.__func__)
-        elif isinstance(obj, functools.partial):
-            push(obj.func)
-            self._enter(obj.args, enumerate(obj.args), push)
-            self._watch_dict(obj.keywords, push)
-        elif isinstance(getattr(obj, "__dict__", None), dict):
-            self._watch_dict(obj.__dict__, push)
+        self._visit(type(obj))
+        for cls in type(obj).__mro__:
+            names = cls.__dict__.get("__slots__", ())
+            for name in (names,) if isinstance(names, str) else tuple(names):
+                if name in ("__dict__", "__weakref__") or _is_library(cls.__module__):
+                    continue
+                if name.startswith("__") and not name.endswith("__"):
+                    name = f"_{cls.__name__.lstrip('_')}{name}"
+                self._slots.append((obj, name))
+                self._enter(_Slots(obj), [(name, getattr(obj, name, None))])
 
-    def _watch_dict(self, mapping: dict, push: Callable[[Any], None]) -> None:
-        self.dicts.append(mapping)
-        self._enter(mapping, mapping.items(), push)
+    def _watch_copy(self, obj: Any, copy: Callable[[Any], Any]) -> None:
+        self._copies.append((obj, copy, copy(obj)))
 
-    def _enter(self, holder: Any, items: Iterable[tuple[Any, Any]], push: Callable) -> None:
+    def _watch_dict(self, mapping: dict) -> None:
+        (self._dicts if mapping else self._empty).append(mapping)
+        self._enter(mapping, mapping.items())
+
+    def _enter(self, holder: Any, items: Iterable[tuple[Any, Any]]) -> None:
         for key, item in items:
             self._count += 1
             if isinstance(item, torch.Tensor):
-                self.tensors.setdefault(id(item), Location(holder, key))
-            push(item)
+                location = Location(holder, key)
+                if id(item) in self.tensors:
+                    self._tied.setdefault(id(item), [self.tensors[id(item)]]).append(location)
+                else:
+                    self.tensors[id(item)] = location
+            self._push(item)
         if self._count > _LIMIT:
             raise TooLarge(f"more than {_LIMIT} attributes are reachable from the policy and model")
 
-    def _watch_function(self, fn: types.FunctionType, push: Callable[[Any], None]) -> None:
-        self._watch_dict(fn.__dict__, push)
-        for values in (fn.__defaults__ or (), (fn.__kwdefaults__ or {}).values()):
-            for value in values:
-                push(value)
+    def _watch_class(self, cls: type) -> None:
+        for base in cls.__mro__:
+            if issubclass(base, torch.nn.Module) and base is not torch.nn.Module:
+                self._forwards.append(base)
+            if (base is not cls and id(base) in self._visited) or _is_library(base.__module__):
+                continue
+            self._visited[id(base)] = base
+            members = vars(base)
+            self._classes.append(members)
+            self._owners.append(base)
+            for name, member in members.items():
+                function = _function_of(member)
+                if function is None:
+                    if not (name.startswith("__") and name.endswith("__")):
+                        self._enter(members, [(name, member)])
+                elif name in self._named or (name.startswith("__") and name not in _NOT_CALLED):
+                    self._push(function)
+                else:
+                    self._waiting.setdefault(name, []).append(function)
+
+    def _watch_function(self, fn: types.FunctionType) -> None:
+        self._watch_dict(fn.__dict__)
+        self._enter(fn.__defaults__, enumerate(fn.__defaults__ or ()))
+        if fn.__kwdefaults__:
+            self._watch_dict(fn.__kwdefaults__)
         for cell in fn.__closure__ or ():
+            if id(cell) in self._visited:
+                continue
+            self._visited[id(cell)] = cell
             try:
                 content = cell.cell_contents
             except ValueError:  # still empty
                 continue
-            box = _Cell(cell)
-            self._visited[id(box)] = box
-            self.cells.append(box)
-            self._enter(box, [(0, content)], push)
-        scope = fn.__globals__
-        for name in fn.__code__.co_names:
-            value = scope.get(name)
-            # Functions and classes of a module are code, not state.
-            if name in scope and not isinstance(
-                value, (types.ModuleType, type, types.FunctionType, types.BuiltinFunctionType)
-            ):
-                self.names.append((scope, name))
-                self._enter(scope, [(name, value)], push)
+            self._cells.append(cell)
+            self._enter(_Cell(cell), [(0, content)])
+        if _is_library(fn.__globals__.get("__name__")):
+            return
+        self._functions.append(fn)
+        names = _names(fn.__code__)
+        for name in names - self._named:
+            for function in self._waiting.pop(name, ()):
+                self._push(function)
+        self._named |= names
+        self._watch_names(fn.__globals__, fn.__code__, names)
+
+    def _watch_names(self, scope: dict, code: types.CodeType, names: frozenset[str]) -> None:
+        """The globals that code names and, where one of them is a module, what it names of that."""
+        if (id(scope), code) in self._scanned:
+            return
+        self._scanned.add((id(scope), code))
+        for name in names:
+            if name in scope:
+                value = scope[name]
+                self._scopes.append(scope)
+                self._names.append(name)
+            else:  # imported inside the function
+                value = sys.modules.get(name)
+            if isinstance(value, types.ModuleType):
+                if not _is_library(value.__name__):
+                    self._watch_names(vars(value), code, names)
+            elif name in scope:
+                self._enter(scope, [(name, value)])
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor can be fetched again from where it was found."""
@@ -159,33 +280,42 @@ class Watch:
 
     # -- asking
 
-    def _values(self) -> Iterable[Any]:
-        return chain(
-            chain.from_iterable(map(dict.values, self.dicts)),
-            chain.from_iterable(self.lists),
-            (scope.get(name) for scope, name in self.names),
-            (cell[0] for cell in self.cells),
-        )
+    def _keys(self) -> Iterator[Any]:
+        return chain(chain.from_iterable(self._dicts), chain.from_iterable(self._classes))
 
-    def _sizes(self) -> int:
-        return sum(map(len, self.dicts)) + sum(map(len, self.lists))
+    def _values(self) -> Iterator[Any]:
+        return chain(
+            chain.from_iterable(map(dict.values, self._dicts)),
+            chain.from_iterable(self._lists),
+            chain.from_iterable(map(types.MappingProxyType.values, self._classes)),
+            map(getattr, self._forwards, repeat("forward")),
+            map(dict.get, self._scopes, self._names),
+            map(_CODE, self._functions),
+            map(_DEFAULTS, self._functions),
+            map(_CONTENTS, self._cells),
+            map(getattr, self._slot_objects, self._slot_names, repeat(None)),
+            map(ContextVar.get, self._contexts, repeat(None)),
+        )
 
     def remember(self) -> None:
         """Take the present state as the one to hold."""
-        # Most dicts of a module are its empty hook tables: those are only asked whether they still are.
-        self._empty = [d for d in self.dicts if not d]
-        self.dicts = [d for d in self.dicts if d]
-        self._size = self._sizes()
+        self._lengths = list(map(len, self._sized))
+        self._saved_keys = list(self._keys())
         self._saved = list(self._values())
 
     def unchanged(self) -> bool:
         """Whether every watched entry is still the very same object."""
-        return (
-            self._sizes() == self._size
-            and not any(self._empty)
-            and all(map(is_, self._values(), self._saved))
-            and all(s == saved for s, saved in self.sets)
-        )
+        try:
+            return (
+                list(map(len, self._sized)) == self._lengths
+                and not any(self._empty)
+                and all(map(is_, self._values(), self._saved))
+                and list(self._keys()) == self._saved_keys
+                and self._sets == self._saved_sets
+                and all(copy(obj) == saved for obj, copy, saved in self._copies)
+            )
+        except ValueError:  # a closure was emptied
+            return False
 
     def reconcile(self) -> tuple[bool, str | None]:
         """After a change by identity: is it one that a trace does not notice?
@@ -194,48 +324,90 @@ class Watch:
             ``(True, None)`` when all that changed are values equal to what they replace and tensors of
             the same shape, dtype, device and gradient flag (then remembered anew), else ``(False, what)``.
         """
-        if self._sizes() != self._size or any(self._empty):
-            return False, "an attribute, submodule or hook was added or removed"
-        if any(s != saved for s, saved in self.sets):
+        if list(map(len, self._sized)) != self._lengths or any(self._empty):
+            return False, "an attribute, item, submodule or hook was added or removed"
+        for obj, copy, saved in self._copies:
+            if copy(obj) != saved:
+                return False, f"the contents of a {type(obj).__name__} changed"
+        if self._sets != self._saved_sets:
             return False, "a set changed"
-        for value, saved in zip(self._values(), self._saved, strict=True):
-            if value is saved:
-                continue
-            if isinstance(value, torch.Tensor) and isinstance(saved, torch.Tensor):
-                if not _same_kind(value, saved):
-                    return False, f"a tensor of shape {tuple(saved.shape)} was replaced by another kind"
-            elif type(value) is not type(saved) or not isinstance(value, _LEAVES) or value != saved:
-                return False, f"{_short(saved)} became {_short(value)}"
+        for key, kept in zip(self._keys(), self._saved_keys, strict=True):
+            if key != kept:
+                return False, f"the key {_short(kept)} became {_short(key)}"
+        replaced = False
+        try:
+            for value, saved in zip(self._values(), self._saved, strict=True):
+                if value is saved:
+                    continue
+                if isinstance(value, torch.Tensor) and isinstance(saved, torch.Tensor):
+                    if not _same_kind(value, saved):
+                        return False, f"a tensor of shape {tuple(saved.shape)} became another kind"
+                    replaced = True
+                elif not _equal_constants(value, saved):
+                    return False, f"{_short(saved)} became {_short(value)}"
+        except ValueError:
+            return False, "a closure was emptied"
+        for first, *others in self._tied.values() if replaced else ():
+            if any(other.fetch() is not first.fetch() for other in others):
+                return False, "a tensor that two places shared was replaced in one of them"
         self.remember()
         return True, None
 
+    # -- putting back
+
     def snapshot(self) -> Callable[[], None]:
         """Remember the contents of everything watched; the function returned puts them back."""
-        dicts = [(d, dict(d)) for d in chain(self.dicts, self._empty)]
-        lists = [(items, list(items)) for items in self.lists]
-        sets = [(s, saved) for s, saved in self.sets if isinstance(s, set)]
-        names = [(scope, name, scope.get(name)) for scope, name in self.names]
-        cells = [(box.cell, box[0]) for box in self.cells]
+        dicts = [(d, dict(d)) for d in (*self._dicts, *self._empty)]
+        lists = [(items, list(items)) for items in self._lists]
+        classes = [(owner, dict(vars(owner))) for owner in self._owners]
+        globals_ = zip(self._scopes, self._names, strict=True)
+        names = [(scope, name, scope.get(name)) for scope, name in globals_]
+        cells = [(cell, cell.cell_contents) for cell in self._cells]
+        slots = [(obj, name, getattr(obj, name)) for obj, name in self._slots if hasattr(obj, name)]
+        contexts = [(var, var.get(None)) for var in self._contexts]
 
         def restore() -> None:
             for mapping, saved in dicts:
-                if len(mapping) != len(saved) or not all(map(is_, mapping.values(), saved.values())):
+                if list(mapping) != list(saved) or not all(
+                    map(is_, mapping.values(), saved.values())
+                ):
                     mapping.clear()
                     mapping.update(saved)
             for items, kept in lists:
                 if len(items) != len(kept) or not all(map(is_, items, kept)):
                     items.clear()
                     items.extend(kept)
-            for current, members in sets:
-                if current != members:
-                    current.clear()
-                    current.update(members)
+            for owner, members in classes:
+                now = dict(vars(owner))
+                for name in now.keys() - members.keys():
+                    delattr(owner, name)
+                for name, member in members.items():
+                    if now.get(name) is not member:
+                        setattr(owner, name, member)
             for scope, name, value in names:
-                scope[name] = value
+                if scope.get(name) is not value:
+                    scope[name] = value
             for cell, value in cells:
                 cell.cell_contents = value
+            for obj, name, value in slots:
+                if getattr(obj, name, None) is not value:
+                    object.__setattr__(obj, name, value)
+            for var, value in contexts:
+                if var.get(None) is not value:
+                    var.set(value)
+            for current, members in zip(self._sets, self._saved_sets, strict=True):
+                if current != members and isinstance(current, set):
+                    current.clear()
+                    current.update(members)
+            for obj, copy, saved in self._copies:
+                if copy(obj) != saved:
+                    _put_back(obj, saved)
 
         return restore
+
+
+_CODE, _DEFAULTS = attrgetter("__code__"), attrgetter("__defaults__")
+_CONTENTS = attrgetter("cell_contents")
 
 
 class _Cell:
@@ -250,9 +422,70 @@ class _Cell:
         return self.cell.cell_contents
 
 
+class _Slots:
+    """An object's slots, read as ``box[name]``."""
+
+    __slots__ = ("obj",)
+
+    def __init__(self, obj: Any) -> None:
+        self.obj = obj
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self.obj, name)
+
+
+@functools.cache
+def _is_library(module: str | None) -> bool:
+    return module is None or module.partition(".")[0] in _LIBRARIES
+
+
+@functools.lru_cache(4096)
+def _names(code: types.CodeType) -> frozenset[str]:
+    """Every global, attribute and method that a function and those defined inside it name."""
+    inner = [_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    return frozenset(code.co_names).union(*inner)
+
+
+def _function_of(member: Any) -> Any:
+    """The function that a class attribute runs, or None where it is data."""
+    if isinstance(member, types.FunctionType):
+        return member
+    if isinstance(member, (staticmethod, classmethod)):
+        return member.__func__
+    if isinstance(member, property):
+        return member.fget
+    if isinstance(member, functools.cached_property):
+        return member.func
+    return None
+
+
+def _to_bytes(numbers: np.ndarray | array.array) -> bytes:
+    return numbers.tobytes()
+
+
+def _put_back(obj: Any, saved: Any) -> None:
+    if isinstance(obj, np.ndarray):
+        obj[...] = np.frombuffer(saved, obj.dtype).reshape(obj.shape)
+    elif isinstance(obj, bytearray):
+        obj[:] = saved
+    elif isinstance(obj, array.array):
+        obj[:] = array.array(obj.typecode, saved)
+    elif isinstance(obj, OrderedDict):
+        for key in saved:
+            obj.move_to_end(key)
+
+
+def _equal_constants(a: Any, b: Any) -> bool:
+    if type(a) is not type(b) or not isinstance(a, _CONSTANTS):
+        return False
+    # The text tells 0.0 from -0.0, and lets NaN equal itself.
+    return repr(a) == repr(b) if isinstance(a, (float, complex)) else bool(a == b)
+
+
 def _same_kind(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (
-        a.shape == b.shape
+        type(a) is type(b)
+        and a.shape == b.shape
         and a.dtype == b.dtype
         and a.device == b.device
         and a.requires_grad == b.requires_grad
@@ -261,5 +494,5 @@ def _same_kind(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = repr(value) if isinstance(value, _LEAVES) else f"a {type(value).__name__}"
+    text = repr(value) if isinstance(value, _CONSTANTS) else f"a {type(value).__name__}"
     return text if len(text) < 60 else text[:57] + "..."
