@@ -1,5 +1,4 @@
-"""What this machine can do, measured in the same process as the providers, and the floor that
-follows.
+"""What this machine can do, measured in the providers' own process, and the floor that follows.
 
 The peak is the best rate of ``torch.mm`` in float32 over a few square sizes. It is what the best
 matrix product at hand reaches, not what the data sheet promises, so a kernel may in principle come

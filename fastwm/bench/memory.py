@@ -1,5 +1,4 @@
-"""Peak memory of one call, counted in physical pages, so that nothing can hide: no dispatcher, no
-profiler.
+"""Peak memory of one call, in physical pages: nothing hides from it, whoever allocates.
 
 On Linux the process resets its own high-water mark (``/proc/self/clear_refs``), runs the call, and
 reads the mark again. The C library keeps freed memory in its heap, which would blur this; the
@@ -52,8 +51,7 @@ class Peak:
     """Memory of one call.
 
     Args:
-        peak_bytes: at the worst moment, beyond what is held without the provider; ``kept_bytes``
-        included.
+        peak_bytes: at the worst moment, beyond what is held without the provider.
         output_bytes: behind what it returned.
         kept_bytes: what the provider holds between calls (workspaces), found by letting go of it.
         how: the method.

@@ -50,7 +50,8 @@ def time_table(rows: Sequence[TimeRow]) -> str:
     notes = (
         f"best peer: {first.best_peer}   floor: {first.floor_ms:.3f} ms "
         f"(arithmetic {first.floor_compute_ms:.3f}, weights {first.floor_weights_ms:.3f})   "
-        f"peak: {limit['gflops']:.0f} GFLOP/s ({limit['how']})   rounds: {first.rounds}"
+        f"peak: {limit['gflops']:.0f} GFLOP/s ({limit['how']})   rounds: {first.rounds}   "
+        f"load: {first.machine['load']}"
     )
     return table(head, lines) + "\n" + notes
 

@@ -30,8 +30,7 @@ class Row:
         suite, batch, horizon, direction, threads, device, dtype: the configuration.
         provider, ours: who did it; ``ours`` is True for an engine of fastwm.
         parity: ``reference``, and per key ``worst`` (relative to the key's largest value) and
-        ``used``
-            (part of the tolerance).
+            ``used`` (part of the tolerance).
         absent: providers that were asked for and did not run, with the reason.
     """
 

@@ -10,7 +10,7 @@ import os
 import traceback
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -124,18 +124,36 @@ class Session:
         return entries
 
     def _judge(
-        self, entries: dict[str, _Entry], expected: dict[str, Tensor], outcome: Outcome, when: str
+        self,
+        problem: Problem,
+        entries: dict[str, _Entry],
+        expected: dict[str, Tensor],
+        outcome: Outcome,
+        when: str,
     ) -> None:
-        """Drop whoever is red, in the first result as it is now and in a new one."""
+        """Drop whoever is red, in the first result as it is now and in a new one.
+
+        The new one is then written over: if the first changes with it, the next look is red.
+        """
+        start = problem.start.detach().clone()
         for name, entry in list(entries.items()):
-            for what, raw in (("first", entry.first), ("a later", entry.built.run())):
-                verdict = compare(_outputs(entry.built, raw), expected)
+            for what in ("first", "a later"):
+                raw = entry.first if what == "first" else entry.built.run()
+                found = _outputs(entry.built, raw)
+                verdict = compare(found, expected)
                 if entry.verdict is None:
                     entry.verdict = verdict
                 if not verdict.ok:
                     outcome.absent[name] = RED, f"{verdict.fault} ({what} call, {when} timing)"
                     del entries[name]
                     break
+                if what == "a later":
+                    for value in found.values():
+                        value.fill_(torch.nan)
+                    if not torch.equal(problem.start, start):
+                        problem.start.detach().copy_(start)
+                        outcome.absent[name] = RED, "its results share memory with the start"
+                        del entries[name]
 
     def _expected(self, entries: dict[str, _Entry]) -> dict[str, Tensor] | None:
         """The reference's outputs, copied: nobody can write into them."""
@@ -183,13 +201,13 @@ class Session:
             # Without a reference nothing can be green.
             outcome.absent |= dict.fromkeys(entries, (RED, "no reference to compare with"))
             return outcome
-        self._judge(entries, expected, outcome, "before")
+        self._judge(problem, entries, expected, outcome, "before")
         if REFERENCE not in entries:
             outcome.absent |= dict.fromkeys(entries, (RED, "the reference does not repeat itself"))
             return outcome
         runs = {name: entry.built.run for name, entry in entries.items()}
         samples = interleave(runs, self.plan.effort, case.device)
-        self._judge(entries, expected, outcome, "after")
+        self._judge(problem, entries, expected, outcome, "after")
         outcome.rows = self._time_rows(case, problem, entries, samples, outcome)
         return outcome
 
@@ -244,7 +262,8 @@ class Session:
         outcome = Outcome(case)
         problem = Problem.of(case, self.suite)
         expected: dict[str, Tensor] | None = None
-        for name in list(self.providers):
+        measured: dict[str, tuple[Verdict, memory.Peak]] = {}
+        for name in self.providers:
             entries = self._build(case, problem, outcome, [name])
             if name not in entries:
                 continue
@@ -253,22 +272,21 @@ class Session:
                 if expected is None:
                     outcome.absent[name] = RED, "no reference to compare with"
                     continue
-            self._judge(entries, expected, outcome, "before")
+            self._judge(problem, entries, expected, outcome, "before")
             if name not in entries:
                 continue
             verdict = entries.pop(name).verdict
             assert verdict is not None
             peak = memory.peak_of(partial(self._run_of, name, problem), case.device)
-            outcome.rows.append(
-                MemoryRow(
-                    **self._common(case, name, verdict, outcome),
-                    peak_bytes=peak.peak_bytes,
-                    output_bytes=peak.output_bytes,
-                    kept_bytes=peak.kept_bytes,
-                    step_bytes=4 * self.suite.activations * case.batch,
-                    how=peak.how,
-                )
+            measured[name] = verdict, peak
+        outcome.rows = [
+            MemoryRow(
+                **self._common(case, name, verdict, outcome),
+                **asdict(peak),
+                step_bytes=4 * self.suite.activations * case.batch,
             )
+            for name, (verdict, peak) in measured.items()
+        ]
         return outcome
 
 
@@ -310,8 +328,7 @@ def run_plan(
 
     Args:
         plan: see :class:`Plan`.
-        show: called with each outcome, its number, how many there are, and whether it was already
-        recorded.
+        show: called with each outcome, its number, their count, and whether it was known already.
         providers: default: those that the plan names.
 
     Returns:

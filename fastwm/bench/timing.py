@@ -81,7 +81,8 @@ def interleave(
         once = {name: _seconds(run, 1, sync) for name, run in runs.items()}
         # The second look is what counts: the first may still have met cold caches.
         once = {name: min(once[name], _seconds(run, 1, sync)) for name, run in runs.items()}
-        calls = {n: math.ceil(effort.sample_seconds / max(s, 1e-9)) for n, s in once.items()}
+        wanted_s = max(effort.sample_seconds, 1e-9)
+        calls = {n: math.ceil(wanted_s / max(s, 1e-9)) for n, s in once.items()}
         a_round = sum((calls[n] + (calls[n] > 1)) * once[n] for n in runs)
         wanted = int(effort.seconds / max(a_round, 1e-9))
         rounds = min(max(wanted, effort.min_rounds), effort.max_rounds)
