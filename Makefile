@@ -49,9 +49,10 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# pytest comes last: its closing line is the last thing printed.
-test: lint
-	$(BIN)/python -m pytest $(ARGS)
+# pytest comes last, so that its closing line does; a red lint does not hide what the tests say, but fails.
+test: $(VENV)/.test
+	@lint=0; $(MAKE) --no-print-directory lint || lint=1; \
+	$(BIN)/python -m pytest $(ARGS) && exit $$lint
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks
