@@ -18,7 +18,16 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from tensordict.nn.distributions import NormalParamExtractor
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
+from torchrl.data import (
+    Bounded,
+    Categorical,
+    Composite,
+    LazyTensorStorage,
+    ReplayBuffer,
+    TensorDictReplayBuffer,
+    TensorSpec,
+    Unbounded,
+)
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor, TanhNormal
 
@@ -418,6 +427,20 @@ def sampled_actor(
         default_interaction_type="random",
         return_log_prob=return_log_prob,
     )
+
+
+# ---------------------------------------------------------------- data
+
+
+def real_observations(*observation_key: str, size: int = 50, batch: int = 8) -> ReplayBuffer:
+    """A buffer of real transitions, as a collector fills one."""
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(size), batch_size=batch)
+    key = observation_key or ("observation",)
+    td = TensorDict({"action": torch.randn(size, ACTION)}, [size])
+    td.set(key, torch.randn(size, OBS))
+    td.set(("next", *key), torch.randn(size, OBS))
+    buffer.extend(td)
+    return buffer
 
 
 # ---------------------------------------------------------------- cases

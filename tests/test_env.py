@@ -10,14 +10,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
-from torchrl.data import (
-    Bounded,
-    Composite,
-    LazyTensorStorage,
-    ReplayBuffer,
-    TensorDictReplayBuffer,
-    Unbounded,
-)
+from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs.utils import check_env_specs
 from torchrl.modules import WorldModel as UpstreamWorldModel
 
@@ -36,6 +29,7 @@ from tests.models import (
     linear_world_model,
     make_case,
     module,
+    real_observations,
     rssm_world_model,
     spec_env,
 )
@@ -327,17 +321,6 @@ def test_partial_reset_draws_for_the_marked_rows_only() -> None:
 
 
 # ---------------------------------------------------------------- initial_state
-
-
-def real_observations(*observation_key: str, size: int = 50, batch: int = 8) -> ReplayBuffer:
-    """A buffer of real transitions, as a collector fills one."""
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(size), batch_size=batch)
-    key = observation_key or ("observation",)
-    td = TensorDict({"action": torch.randn(size, ACTION)}, [size])
-    td.set(key, torch.randn(size, OBS))
-    td.set(("next", *key), torch.randn(size, OBS))
-    buffer.extend(td)
-    return buffer
 
 
 INITIAL_STATES = {
