@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastwm.step_graph import Op, StepGraph, Value
+from fastwm.step_graph import Meta, Op, StepGraph, Value
 
 __all__ = ["LoopSource", "binding", "loop_source", "step_varying"]
 
@@ -31,6 +31,10 @@ _IN_PLACE = {
     aten.gelu.default: torch._C._nn.gelu_,
     aten.exp.default: torch.exp_,
 }
+
+
+# Ops that can write into memory they are handed: no allocation per step, and always the same warm lines.
+_INTO = {aten.addmm.default, aten.mm.default, aten.bmm.default, aten.cat.default}
 
 
 def binding(target: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,6 +156,8 @@ def loop_source(
 
     in_place = set() if grad else _in_place_ops(graph, ops, root)
 
+    into: dict[int, int] = {}  # op -> the buffer its result goes to
+
     def line(op: Op) -> str:
         if id(op) in in_place:
             fn = _IN_PLACE[op.target]
@@ -159,6 +165,8 @@ def loop_source(
             fn = op.target if exact else binding(op.target)
         args = [literal(a) for a in op.args]
         args += [f"{k}={literal(a)}" for k, a in op.kwargs.items() if not _default(op, k, a)]
+        if id(op) in into:
+            args.append(f"out=w{into[id(op)]}")
         call = f"{bind(fn, 'f')}({', '.join(args)})"
         if op.detached:
             call = f"detach({call})" if op.single else f"[detach(t) for t in {call}]"
@@ -170,6 +178,7 @@ def loop_source(
         return target + call
 
     scope["detach"] = torch.detach
+    scope["empty"] = torch.empty
     before = [op for op in ops if all(o is None or o.index not in varying for o in op.outputs)]
     before = [op for op in before if not op.mutates and not op.draws]
     body = [op for op in ops if not any(op is b for b in before)]
@@ -188,6 +197,17 @@ def loop_source(
         text.append(f"    {''.join(f'v{v.index}, ' for v, _ in graph.constants)} = constants")
     text.append("    checks = []")
     text += [f"    {line(op)}" for op in before]
+    last: dict[int, list[int]] = {}
+    if not grad and compiler is None:
+        # Freed at once, a temporary's memory is still in cache when the next op asks for some.
+        last = _last_uses(body, graph, root, varying, collected, carried, stop_on)
+        if not exact:
+            found, buffers = _buffers(body, graph, root, in_place, last)
+            into.update(found)
+            for number, (shape, dtype, device) in enumerate(buffers):
+                text.append(
+                    f"    w{number} = empty({list(shape)}, dtype={bind(dtype, 'c')}, device={bind(device, 'c')})"
+                )
     if collected:
         text.append(f"    {''.join(f's{i}, ' for i in collected)} = sinks")
     text.append("    for step in range(horizon):")
@@ -208,7 +228,6 @@ def loop_source(
             f"{indent}{''.join(f'v{i}, ' for i in results)} = inner({', '.join(f'v{i}' for i in arguments)})"
         )
     else:
-        last = _last_uses(body, graph, root, varying, collected, carried, stop_on) if write else {}
         for position, op in enumerate(body):
             text.append(indent + line(op))
             dead = last.get(position)
@@ -300,3 +319,50 @@ def _last_uses(body, graph, root, varying, collected, carried, stop_on) -> dict[
         if index in made:
             at.setdefault(position, []).append(index)
     return at
+
+
+def _buffers(
+    body: list[Op], graph: StepGraph, root: Callable[[Value], int], in_place: set[int],
+    last: dict[int, list[int]],
+) -> tuple[dict[int, int], list[Meta]]:  # fmt: skip
+    """Which op writes its result into which reused buffer, and the buffers.
+
+    Only results that no later step and no caller sees. A buffer is free again once nothing that lives in
+    its memory (the result, views of it, what overwrote it in place) is read any more.
+    """
+    home: dict[int, int] = {}  # memory of the trace -> memory it lives in now
+
+    def memory(index: int) -> int:
+        at = graph.storage[index]
+        while at in home:
+            at = home[at]
+        return at
+
+    for op in body:
+        if id(op) in in_place and op.outputs[0] is not None:
+            home[graph.storage[op.outputs[0].index]] = memory(root(op.args[0]))
+    dies = {index: position for position, dead in last.items() for index in dead}
+    inside: dict[int, list[int]] = {}
+    for op in body:
+        for out in op.outputs:
+            if out is not None:
+                inside.setdefault(memory(out.index), []).append(out.index)
+    into: dict[int, int] = {}
+    buffers: list[Meta] = []
+    free: list[int] = []
+    release: dict[int, list[int]] = {}
+    for position, op in enumerate(body):
+        out = op.outputs[0] if op.single else None
+        if op.target in _INTO and not op.kwargs and out is not None:
+            values = inside[memory(out.index)]
+            if all(v in dies for v in values):
+                meta = graph.metas[out.index]
+                number = next((n for n in free if buffers[n] == meta), len(buffers))
+                if number == len(buffers):
+                    buffers.append(meta)
+                else:
+                    free.remove(number)
+                into[id(op)] = number
+                release.setdefault(max(dies[v] for v in values), []).append(number)
+        free += release.pop(position, [])
+    return into, buffers
