@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from tensordict import TensorDictBase
@@ -16,8 +15,8 @@ from fastwm.engines.captured import CapturedLoop
 from fastwm.engines.codegen import step_varying
 from fastwm.engines.cuda_graph import GraphedLoop, graphed_loop
 from fastwm.nvtx import annotate
-from fastwm.request import Feed, NotCapturable, Request
-from fastwm.traced_step import StateChanges, TracedStep, trace_step
+from fastwm.request import Feed, NotCapturable, Request, same_function
+from fastwm.traced_step import StateChanges, TracedStep, trace_step, watch_step
 from fastwm.tracing import preserved_random_state
 from fastwm.watch import TooLarge, Watch
 
@@ -36,6 +35,7 @@ class Plan:
     """A traced step that held when it was made, or the reason why there is none."""
 
     watch: Watch | None
+    policy: Any = None
     traced: TracedStep | None = None
     loop: CapturedLoop | None = None
     reason: str = ""
@@ -44,10 +44,12 @@ class Plan:
     constants: list[torch.Tensor] = field(default_factory=list)
     graphed: GraphedLoop | None = None
 
-    def holds(self) -> tuple[bool, str | None]:
+    def holds(self, request: Request) -> tuple[bool, str | None]:
         """Whether nothing the trace took for granted has changed; else what did."""
         if self.watch is None:
             return True, None
+        if self.policy is not request.policy and not same_function(self.policy, request.policy):
+            return False, "the policy is another function"
         if not self.watch.unchanged():
             same, what = self.watch.reconcile()
             if not same:
@@ -56,10 +58,10 @@ class Plan:
                 self.constants = self.traced.constants()
         if self.traced is None:
             return True, None
-        for tensor, version in self.traced.read:
-            if tensor._version != version:
+        for location, value in self.traced.read:
+            if not torch.equal(location.fetch(), value):
                 return False, "a tensor whose value Python reads was written"
-        if [(t.dtype, t.requires_grad, t.shape, t.device) for t in self.constants] != self.metas:
+        if self._kinds() != self.metas:
             return False, "a parameter or buffer changed its dtype, shape, device or gradient flag"
         return True, None
 
@@ -73,7 +75,10 @@ class Plan:
     def bind(self) -> None:
         assert self.traced is not None
         self.constants = self.traced.constants()
-        self.metas = [(t.dtype, t.requires_grad, t.shape, t.device) for t in self.constants]
+        self.metas = self._kinds()
+
+    def _kinds(self) -> list[tuple]:
+        return [(t.dtype, t.requires_grad, t.shape, t.device, t.stride()) for t in self.constants]
 
 
 @dataclass
@@ -87,28 +92,30 @@ class PlanCache:
     last_change: str = ""
     traces: int = 0  # how often a step was traced
     state_changes: dict[Any, int] = field(default_factory=dict)
-    zeros: dict[Any, dict[Any, torch.Tensor]] = field(default_factory=dict)
+    owner: Any = None
 
-    def zero_done(self, env: WorldModelEnv, batch_size: torch.Size) -> dict[Any, torch.Tensor]:
-        """The done flags of a fresh start. Read only: every output copies them."""
-        key = batch_size, id(env.output_spec)
-        if key not in self.zeros:
-            if len(self.zeros) >= _KEYS:
-                self.zeros.clear()
-            zero = env.full_done_spec.zero(env._leading(batch_size))
-            self.zeros[key] = {k: zero.get(k) for k in env.full_done_spec.keys(True, True)}
-        return self.zeros[key]
-
-
-# Outside the env, so that pickling, copying and state_dict never meet a plan.
-_caches: WeakKeyDictionary[Any, PlanCache] = WeakKeyDictionary()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PlanCache, ()  # a copy of an env, or one sent elsewhere, makes its own plans
 
 
 def cache_of(env: WorldModelEnv) -> PlanCache:
-    cache = _caches.get(env)
-    if cache is None:
-        cache = _caches[env] = PlanCache()
+    # In the env and nowhere else: a policy that holds the env makes a cycle, which can be collected.
+    cache = env.__dict__.get("_plans")
+    if cache is None or cache.owner is not env:
+        cache = env.__dict__["_plans"] = PlanCache(owner=env)
     return cache
+
+
+def zero_done(env: WorldModelEnv, batch_size: torch.Size) -> dict[Any, torch.Tensor]:
+    """The done flags of a fresh start. Read only: every output copies them."""
+    # torchrl empties this cache when a spec changes.
+    zeros = env._cache.setdefault("_zero_done", {})
+    if batch_size not in zeros:
+        if len(zeros) >= _KEYS:
+            zeros.clear()
+        zero = env.full_done_spec.zero(env._leading(batch_size))
+        zeros[batch_size] = {k: zero.get(k) for k in env.full_done_spec.keys(True, True)}
+    return zeros[batch_size]
 
 
 def _key(
@@ -121,10 +128,10 @@ def _key(
         for path, t in zip(feed.paths, feed.template, strict=True)
     )  # fmt: skip
     return (
-        request.policy_key(), kinds, fed, td.batch_size, td.device, tuple(td.names) if td._has_names() else None,
+        request.policy_key(), kinds, fed, td.batch_size, td.device,
+        tuple(td.names) if td._has_names() else None,
         torch.is_grad_enabled(), torch.is_inference_mode_enabled(), interaction_type(),
-        torch.get_default_dtype(), env.done_threshold, env.run_type_checks, tuple(env.done_keys),
-        env.batch_size, id(env.output_spec), id(env.input_spec), compiled,
+        torch.get_default_dtype(), compiled,
     )  # fmt: skip
 
 
@@ -150,7 +157,7 @@ def plan_for(
     if variants is not None:
         cache.plans.move_to_end(key)
         for plan in variants:
-            same, what = plan.holds()
+            same, what = plan.holds(request)
             if same:
                 cache.unused = 0
                 return _usable(plan), start
@@ -187,30 +194,33 @@ def _make(
     try:
         with annotate("fastwm.trace"):
             traced, results = trace_step(env, policy, feed, td, request.policy)
-        wants = torch.is_grad_enabled() and any(
-            t.requires_grad for t in [*traced.constants(), *leaves(td).values(), *(feed.template if feed else ())]
-        )  # fmt: skip
+        given = [*traced.constants(), *leaves(td).values(), *(feed.template if feed else ())]
+        wants = torch.is_grad_enabled() and any(t.requires_grad for t in given)
         loop = CapturedLoop(
             traced.graph, traced.carried, traced.fed, traced.flags, traced.dim,
             grad=wants, compiler=env.step_compiler(),
         )  # fmt: skip
-        plan = Plan(traced.watch, traced, loop)
+        plan = Plan(traced.watch, request.policy, traced, loop)
         plan.bind()
         _verify(env, plan, td, feed, results)
         plan.graphed = graphed_loop(loop, next(iter(results.values())).device)
         return plan
     except StateChanges as reason:
         # Once may be a cache that fills itself; a step that does it again is left to the eager path.
-        cache.state_changes[key] = cache.state_changes.get(key, 0) + 1
-        if cache.state_changes[key] < 2:
+        times = cache.state_changes.pop(key, 0) + 1
+        if times < 2:
+            while len(cache.state_changes) >= _KEYS:
+                del cache.state_changes[next(iter(cache.state_changes))]
+            cache.state_changes[key] = times
             raise
-        return Plan(None, reason=str(reason))
+        return Plan(None, request.policy, reason=str(reason))
     except NotCapturable as reason:
         # Remember the refusal, with what it rests on, so as not to trace again at each call.
         try:
-            roots = [env.world_model] if feed is not None else [env.world_model, request.policy]
-            return Plan(Watch(roots, opaque=[env]), reason=str(reason))
+            original = None if feed is not None else request.policy
+            return Plan(watch_step(env, None, original), request.policy, reason=str(reason))
         except TooLarge:
+            cache.last_change = str(reason)
             raise reason from None
 
 

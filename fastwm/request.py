@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +17,11 @@ from torchrl.modules.planners import cem, mppi
 if TYPE_CHECKING:
     from fastwm.env import WorldModelEnv
 
-__all__ = ["Feed", "NotCapturable", "Request"]
+__all__ = ["Feed", "NotCapturable", "Request", "same_function"]
 
+_MODULE = torch.nn.modules.module
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
+                 "_global_backward_pre_hooks")  # fmt: skip
 _SETTERS = (cem._PrecomputedActionsSequentialSetter, mppi._PrecomputedActionsSequentialSetter)
 
 
@@ -89,6 +93,10 @@ class Request:
             raise NotCapturable("a torch dispatch or function mode is active")
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise NotCapturable("inside a torch.func transform")
+        if torch.autograd.forward_ad._current_level >= 0:
+            raise NotCapturable("forward-mode AD is on")
+        if any(getattr(_MODULE, name) for name in _GLOBAL_HOOKS):
+            raise NotCapturable("global module hooks")
 
     @property
     def stops(self) -> bool:
@@ -120,10 +128,10 @@ class Request:
             return None
         if isinstance(policy, types.FunctionType):
             cells = tuple(id(c.cell_contents) for c in policy.__closure__ or () if _filled(c))
-            return policy.__code__, cells, policy.__defaults__ and tuple(map(id, policy.__defaults__))
+            return policy.__code__, cells, self.trust_policy
         if isinstance(policy, types.MethodType):
-            return policy.__func__, id(policy.__self__)
-        return id(policy)
+            return policy.__func__, id(policy.__self__), self.trust_policy
+        return id(policy), self.trust_policy
 
     def _given_actions(self, env: WorldModelEnv, batch_size: torch.Size) -> Feed:
         actions = self.actions
@@ -180,6 +188,24 @@ def _filled(cell: types.CellType) -> bool:
         return cell.cell_contents is not cell
     except ValueError:
         return False
+
+
+def same_function(a: Any, b: Any) -> bool:
+    """Whether two functions or methods run the same code on the very same objects."""
+    if isinstance(a, types.MethodType) and isinstance(b, types.MethodType):
+        return a.__func__ is b.__func__ and a.__self__ is b.__self__
+    if isinstance(a, types.FunctionType) and isinstance(b, types.FunctionType):
+        return a.__code__ == b.__code__ and a.__globals__ is b.__globals__ and _held(a, b)
+    return False
+
+
+def _held(a: types.FunctionType, b: types.FunctionType) -> bool:
+    if a.__dict__ or b.__dict__ or a.__kwdefaults__ or b.__kwdefaults__:
+        return False
+    cells = [c.cell_contents if _filled(c) else c for c in a.__closure__ or ()]
+    others = [c.cell_contents if _filled(c) else c for c in b.__closure__ or ()]
+    held, other = cells + list(a.__defaults__ or ()), others + list(b.__defaults__ or ())
+    return len(held) == len(other) and all(map(is_, held, other))
 
 
 def _kind(tensor: torch.Tensor) -> tuple:

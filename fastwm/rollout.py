@@ -13,7 +13,7 @@ from fastwm.backends import requested
 from fastwm.engines.captured import ChecksFailed
 from fastwm.engines.cuda_graph import CaptureFailed, graphs_apply
 from fastwm.nvtx import annotate
-from fastwm.plan import Plan, cache_of, plan_for
+from fastwm.plan import Plan, cache_of, plan_for, zero_done
 from fastwm.request import Feed, NotCapturable, Request
 
 if TYPE_CHECKING:
@@ -100,8 +100,7 @@ def start_of(env: WorldModelEnv, request: Request) -> TensorDictBase:
         return env.maybe_reset(given)
     if given is not None and request.set_state is not False and env.starts_plainly(given):
         # What reset does to a start that has its latents and asks for no partial reset.
-        zero = cache_of(env).zero_done(env, given.batch_size)
-        for key, value in zero.items():
+        for key, value in zero_done(env, given.batch_size).items():
             given.set(key, value)
         return given
     return env.reset(given, set_state=request.set_state)

@@ -18,9 +18,10 @@ from fastwm.watch import Location, TooLarge, Watch
 if TYPE_CHECKING:
     from fastwm.env import WorldModelEnv
 
-__all__ = ["StateChanges", "TracedStep", "trace_step"]
+__all__ = ["StateChanges", "TracedStep", "trace_step", "watch_step"]
 
 Path = tuple[str, ...]
+_MAX_READ = 4096  # elements; compared before every rollout
 
 
 class StateChanges(NotCapturable):
@@ -39,7 +40,7 @@ class TracedStep:
         template: structure of one step's tensordict.
         watch: everything the trace took for granted.
         sources: for each constant of the graph, where to fetch it (or the tensor itself).
-        read: tensors whose values Python looked at, with their versions.
+        read: tensors whose values Python looked at: where they are, and a copy.
         dim: where the time dim goes.
     """
 
@@ -50,7 +51,7 @@ class TracedStep:
     template: Template
     watch: Watch
     sources: list[Location | torch.Tensor]
-    read: list[tuple[torch.Tensor, int]]
+    read: list[tuple[Location, torch.Tensor]]
     dim: int
 
     def constants(self) -> list[torch.Tensor]:
@@ -68,9 +69,10 @@ def trace_step(
     Raises:
         NotCapturable: with the one thing that rules it out.
     """
-    roots = [env.world_model] if feed is not None else [env.world_model, policy, original]
+    if feed is not None:
+        policy = original = None
     try:
-        watch = Watch(roots, opaque=[env])
+        watch = watch_step(env, policy, original)
         _refuse_modules(watch)
         restore = watch.snapshot()
         try:
@@ -91,6 +93,28 @@ def trace_step(
         raise NotCapturable(f"the eager step raises {type(error).__name__}: {error}") from error
 
 
+def watch_step(env: WorldModelEnv, policy: Any, original: Any) -> Watch:
+    """Everything that one step of ``policy`` and ``env`` can depend on."""
+    # Where starts come from is asked anew at each rollout, as is what torchrl's own cache holds.
+    opaque = [env.initial_state, env._cache, env.__dict__.get("_plans")]
+    if type(env).__module__.partition(".")[0] == "fastwm":
+        opaque.append(env._world_model)  # its encoder and decoder; the step is in env.world_model
+    return Watch([env, policy, original], [o for o in opaque if o is not None])
+
+
+def _kept(read: list[torch.Tensor], watch: Watch) -> list[tuple[Location, torch.Tensor]]:
+    """Copies of what Python read. Not versions: ``tensor.data.fill_()`` leaves those as they were."""
+    kept: dict[int, tuple[Location, torch.Tensor]] = {}
+    for tensor in read:
+        location = watch.tensors.get(id(tensor))
+        if location is None or id(tensor) in kept:
+            continue  # made by Python during the trace, such as torch.tensor(0.5)
+        if tensor.numel() > _MAX_READ:
+            raise Untraceable(f"Python reads a value computed from a tensor of {tensor.numel()} elements")
+        kept[id(tensor)] = location, tensor.detach().clone()
+    return list(kept.values())
+
+
 def _refuse_modules(watch: Watch) -> None:
     if watch.unwatchable:
         raise Untraceable(f"the policy or the model holds a {watch.unwatchable[0]}, whose state is hidden")
@@ -108,9 +132,6 @@ def _refuse_modules(watch: Watch) -> None:
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
             if tensor is not None and torch.nn.parameter.is_lazy(tensor):
                 raise Untraceable(f"lazy parameters of {name} are not initialised yet")
-    everywhere = torch.nn.modules.module
-    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
-        raise Untraceable("global module hooks")
 
 
 def _trace_twice(env, policy, feed, start, watch):
@@ -154,7 +175,7 @@ def _trace_twice(env, policy, feed, start, watch):
         template=Template.of(td),
         watch=watch,
         sources=sources,
-        read=[(t, t._version) for t in read],
+        read=_kept(read, watch),
         dim=len(start.batch_size),
     )
     return step, results

@@ -8,9 +8,10 @@ works, and Python that looks at what the step computes is caught and named.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class Untraceable(Exception):
 class _NoEscape(TorchFunctionMode):
     """Refuse the ways around the dispatcher: a tensor read or hooked behind the recorder's back."""
 
-    escapes = {
+    escapes: ClassVar = {
         torch.Tensor.numpy: "Tensor.numpy()",
         torch.Tensor.tolist: "Tensor.tolist()",
         torch.Tensor.__array__: "numpy on a tensor",
@@ -50,13 +51,18 @@ class _NoEscape(TorchFunctionMode):
         torch.Tensor.data.__set__: "assignment to Tensor.data",
     }
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = ""  # kept, should the step catch what is raised
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         try:
             escape = self.escapes.get(func)
         except TypeError:  # unhashable: none of ours
             escape = None
         if escape is not None:
-            raise Untraceable(f"the step uses {escape}, which a trace cannot see")
+            self.seen = f"the step uses {escape}, which a trace cannot see"
+            raise Untraceable(self.seen)
         return func(*args, **(kwargs or {}))
 
 
@@ -79,6 +85,8 @@ class _Recorder(TorchDispatchMode):
         self.generators: dict[torch.Generator, torch.Tensor] = {}
         self.functions: set[type] = set()  # custom autograd.Functions recorded as one op each
         self.inside: _Inside | None = None  # what such a function does while it runs
+        self.refusal: Untraceable | None = None
+        self.thread = threading.get_ident()
 
     # -- values
 
@@ -121,7 +129,13 @@ class _Recorder(TorchDispatchMode):
     # -- ops
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        try:
+            return self.dispatch(func, args, kwargs or {})
+        except Untraceable as reason:
+            self.refusal = self.refusal or reason  # kept, should the step catch it
+            raise
+
+    def dispatch(self, func, args, kwargs):
         if self.inside is not None:
             return self.inside.run(func, args, kwargs, self)
         # Tensors become values before the op may change them.
@@ -274,13 +288,19 @@ def _functions_as_ops(recorder: _Recorder) -> Iterator[None]:
     level = torch.autograd.function._SingleLevelFunction
 
     def apply(cls: type, *args: Any) -> Any:
-        return recorder.call_function(cls, base.__get__(None, cls), args)
+        run = base.__get__(None, cls)
+        if threading.get_ident() != recorder.thread:
+            return run(*args)
+        return recorder.call_function(cls, run, args)
 
     level.apply = classmethod(apply)
     try:
         yield
     finally:
         del level.apply
+
+
+_one_at_a_time = threading.RLock()  # tracing replaces a method of a class that all threads share
 
 
 # Number of the memory behind a tensor. Not Tensor.untyped_storage(): the recorder refuses that one.
@@ -355,12 +375,17 @@ def trace(
     if len({v.index for v in named.values()}) != len(named):
         raise Untraceable("two inputs are one and the same tensor")
     before = _python_draws()
+    escapes = _NoEscape()
     try:
-        with _functions_as_ops(recorder), _NoEscape(), recorder:
+        with _one_at_a_time, _functions_as_ops(recorder), escapes, recorder:
             results = step(inputs)
     finally:
         for generator, state in recorder.generators.items():
             generator.set_state(state)
+    if escapes.seen:
+        raise Untraceable(escapes.seen)
+    if recorder.refusal is not None:
+        raise recorder.refusal
     if _python_draws() != before:
         raise Untraceable("the step draws from Python's or numpy's random generator")
     outputs = {}
