@@ -303,6 +303,16 @@ def test_reductions(cls: type) -> None:
 
 
 @improvement
+def test_reduction_none_keeps_the_batch_size_of_the_input(cls: type) -> None:
+    """Whatever its tensors look like: here time is no batch dim."""
+    batch = make_batch(3, 4)
+    batch = TensorDict(batch.to_dict(), batch_size=[3])
+    assert batch["next"].batch_size == (3,)
+    out = cls(make_model(), reduction="none")(batch)
+    assert (out.batch_size, out["loss_reward"].shape) == ((3,), (3, 4, 1))
+
+
+@improvement
 def test_reduction_none_keeps_the_entries_of_a_latent_of_parts(cls: type) -> None:
     torch.manual_seed(0)
     loss = cls(Latents(), losses=["latent"], reduction="none")
@@ -373,6 +383,8 @@ def test_in_and_out_keys_follow_losses_and_model(cls: type) -> None:
     loss = cls(make_model(decoder=RECON), losses=["reconstruction"])
     assert loss.in_keys == base
     assert loss.out_keys == ["loss_reconstruction"]
+    # Without a decoder, the reconstruction too must come with the batch.
+    assert cls(make_model(), losses=["reconstruction"]).in_keys == [*base, RECON]
     loss = cls(make_model(), losses=["latent"])
     loss.set_keys(predicted_latent=NEXT_LATENT, target_latent=("next", "encoded"))
     assert loss.in_keys == [*base, ("next", "encoded")]
@@ -739,15 +751,18 @@ def test_missing_target_is_named(name: str) -> None:
         loss(batch)
 
 
-def test_missing_reward_is_found_before_the_model_runs() -> None:
+@pytest.mark.parametrize("name", ["reward", "done", "latent"])
+def test_missing_target_is_found_before_the_model_runs(name: str) -> None:
     def ran(*_: Tensor) -> Tensor:
         raise AssertionError("the world model ran")
 
-    model = make_model(extra={"encoder": Mod(ran, ["observation"], ["latent"])})
-    batch = make_batch()
-    batch.del_(NEXT_REWARD)
-    with pytest.raises(KeyError, match="reward"):
-        WorldModelLoss(model)(batch)
+    model = make_model("done", extra={"encoder": Mod(ran, ["observation"], ["latent"])})
+    loss = WorldModelLoss(model, losses=[name])
+    # Under one key, the target of a latent is what the batch holds.
+    loss.set_keys(predicted_latent=NEXT_LATENT, target_latent=NEXT_LATENT)
+    batch = make_batch().exclude(("next", name))
+    with pytest.raises(KeyError, match=rf"\('next', '{name}'\), which the input lacks"):
+        loss(batch)
 
 
 @improvement
@@ -764,6 +779,11 @@ def test_missing_prediction_is_named(cls: type) -> None:
     other = Mod(nn.Linear(LATENT, 1), [NEXT_LATENT], [("next", "gain")])
     with pytest.raises(KeyError, match=r"wrote no \('next', 'reward'\).*'gain'"):
         cls(make_model(extra={"reward_head": other}))(batch)
+    # Also where the truth was never moved out of the way, its two keys being one.
+    loss = cls(make_model(extra={"reward_head": other}))
+    loss.set_keys(true_reward="reward")
+    with pytest.raises(KeyError, match=r"wrote no \('next', 'reward'\)"):
+        loss(batch)
 
 
 def test_missing_input_of_the_model_is_named() -> None:
