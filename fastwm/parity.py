@@ -151,7 +151,10 @@ class _Result:
     steps: int
 
 
-def _run(name, env, policy, tensordict, max_steps, gradients, seed, kwargs) -> _Result:
+def _run(
+    name: str, env: WorldModelEnv, policy: Any, tensordict: TensorDictBase | None, max_steps: int,
+    gradients: bool | None, seed: int, kwargs: dict[str, Any],
+) -> _Result:  # fmt: skip
     parameters = _parameters(env, policy)
     start = None
     wanted: dict[str, torch.Tensor] = dict(parameters)
@@ -173,7 +176,9 @@ def _run(name, env, policy, tensordict, max_steps, gradients, seed, kwargs) -> _
         if floating:
             generator = torch.Generator().manual_seed(seed + 1)
             weights = [torch.randn(v.shape, generator=generator).to(v) for v in floating]
-            total = sum((v * w).sum() for v, w in zip(floating, weights, strict=True))
+            total = torch.stack(
+                [(v * w).sum() for v, w in zip(floating, weights, strict=True)]
+            ).sum()
             found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
             grads = {f"grad of {key}": g for key, g in zip(wanted, found, strict=True)}
     return _Result({k: v.detach() for k, v in values.items()}, grads, out.shape[-1])

@@ -11,7 +11,11 @@ from fastwm.engines.codegen import Compiler, LoopSource, loop_source
 from fastwm.nvtx import annotate
 from fastwm.step_graph import StepGraph
 
-__all__ = ["CapturedLoop", "ChecksFailed"]
+__all__ = ["CapturedLoop", "ChecksFailed", "FeedStep", "Tensors"]
+
+Tensors = dict[Any, torch.Tensor]  # by path
+Steps = dict[int, list[torch.Tensor]]  # a value's tensor at each step
+FeedStep = Callable[[], Sequence[torch.Tensor]]  # this step's fed inputs
 
 # From this many bytes a step on, results are copied straight into the stacked output: the steps' own
 # tensors never pile up, and the copy is no longer dominated by the cost of a call.
@@ -62,7 +66,7 @@ class CapturedLoop:
         """The generated Python of the loop, for reading."""
         return self._loop(stop, write, False)[0].text
 
-    def _loop(self, stop: bool, write: bool, exact: bool):
+    def _loop(self, stop: bool, write: bool, exact: bool) -> tuple[LoopSource, Callable[..., Any]]:
         key = (stop, write, exact)
         if key not in self._loops:
             # What a carried input was at each step follows from what the steps wrote.
@@ -83,13 +87,13 @@ class CapturedLoop:
     def run(
         self,
         horizon: int,
-        inputs: dict[Any, torch.Tensor],
+        inputs: Tensors,
         constants: Sequence[torch.Tensor],
-        feed: Callable[[], Sequence[torch.Tensor]] | None,
+        feed: FeedStep | None,
         *,
         stop: bool,
         exact: bool = False,
-    ) -> tuple[int, dict[Any, torch.Tensor]]:
+    ) -> tuple[int, Tensors]:
         """Run up to ``horizon`` steps.
 
         Args:
@@ -114,13 +118,13 @@ class CapturedLoop:
     def record(
         self,
         horizon: int,
-        inputs: dict[Any, torch.Tensor],
+        inputs: Tensors,
         constants: Sequence[torch.Tensor],
-        feed: Callable[[], Sequence[torch.Tensor]] | None,
+        feed: FeedStep | None,
         *,
         stop: bool,
         exact: bool = False,
-    ) -> tuple[int, dict[Any, torch.Tensor], list[torch.Tensor]]:
+    ) -> tuple[int, Tensors, list[torch.Tensor]]:
         """As :meth:`run`, with the checks returned and not looked at: nothing here waits for the device
         unless ``stop`` asks for it, so that it can be captured."""
         source, run = self._loop(stop, False, exact)
@@ -138,7 +142,11 @@ class CapturedLoop:
         with torch._C._AutoDispatchBelowAutograd():
             return self._collect(source, run, horizon, inputs, start, constants, feed, write)
 
-    def _collect(self, source, run, horizon, inputs, start, constants, feed, write):
+    def _collect(
+        self, source: LoopSource, run: Callable[..., Any], horizon: int, inputs: Tensors,
+        start: list[torch.Tensor | None], constants: Sequence[torch.Tensor], feed: FeedStep | None,
+        write: bool,
+    ) -> tuple[int, Tensors, list[torch.Tensor]]:  # fmt: skip
         dim = self.dim
         stacked: dict[int, torch.Tensor] = {}
         if write:
@@ -159,7 +167,10 @@ class CapturedLoop:
         with annotate("fastwm.stack"):
             return steps, self._results(source, inputs, steps, each, stacked, fixed), checks
 
-    def _results(self, source, inputs, steps, each, stacked, fixed):
+    def _results(
+        self, source: LoopSource, inputs: Tensors, steps: int, each: Steps | None,
+        stacked: dict[int, torch.Tensor], fixed: dict[int, torch.Tensor],
+    ) -> Tensors:  # fmt: skip
         """Give every output its own memory: stack, shift by one step, or repeat."""
         dim = self.dim
         graph = self.graph
@@ -171,7 +182,8 @@ class CapturedLoop:
             value = graph.outputs[key]
             path = by_input.get(value.index)
             if path is not None and path in self.carried:
-                results[key[1]] = self._shifted(path, inputs[path], steps, each, stacked, fixed, canonical)
+                later = canonical(graph.outputs[self.carried[path]])
+                results[key[1]] = self._shifted(later, inputs[path], steps, each, stacked, fixed)
                 continue
             index = canonical(value)
             if index in fixed:
@@ -184,10 +196,12 @@ class CapturedLoop:
                 taken.add(index)
         return results
 
-    def _shifted(self, path, start, steps, each, stacked, fixed, canonical):
+    def _shifted(
+        self, index: int, start: torch.Tensor, steps: int, each: Steps | None,
+        stacked: dict[int, torch.Tensor], fixed: dict[int, torch.Tensor],
+    ) -> torch.Tensor:  # fmt: skip
         """What a carried input was at each step: the start, then the steps' own results but the last."""
         dim = self.dim
-        index = canonical(self.graph.outputs[self.carried[path]])
         if index in fixed:
             later = [fixed[index]] * (steps - 1)
             return torch.stack([start, *later], dim)

@@ -21,14 +21,14 @@ aten = torch.ops.aten
 _IDENTITY = {aten.lift_fresh.default, aten.alias.default}
 _IDENTITY_NO_GRAD = _IDENTITY | {aten.detach.default}
 # Elementwise ops with an in-place twin that computes the very same numbers.
-_IN_PLACE = {
+_IN_PLACE: dict[Any, Callable[..., Any]] = {
     aten.silu.default: torch._C._nn.silu_,
     aten.relu.default: torch.relu_,
     aten.tanh.default: torch.tanh_,
     aten.sigmoid.default: torch.sigmoid_,
     aten.elu.default: torch._C._nn.elu_,
     aten.leaky_relu.default: torch._C._nn.leaky_relu_,
-    aten.gelu.default: torch._C._nn.gelu_,
+    aten.gelu.default: torch._C._nn.gelu_,  # type: ignore[attr-defined]
     aten.exp.default: torch.exp_,
 }
 
@@ -64,7 +64,9 @@ def step_varying(graph: StepGraph, changing: set[Any]) -> set[int]:
     for op in graph.ops:
         moves = op.draws or any(v.index in varying for v in op.inputs())
         moves = moves or any(
-            graph.storage.get(v.index) in written for v in (*op.inputs(), *op.outputs) if v is not None
+            graph.storage.get(v.index) in written
+            for v in (*op.inputs(), *op.outputs)
+            if v is not None
         )
         if moves:
             varying.update(o.index for o in op.outputs if o is not None)
@@ -238,7 +240,9 @@ def loop_source(
         text.append(indent + sink)
     text += [f"{indent}checks.append(v{root(c)})" for c in graph.checks]
     flags = [root(graph.outputs[k]) for k in stop_on if graph.outputs[k].index in varying]
-    constant_flags = [root(graph.outputs[k]) for k in stop_on if graph.outputs[k].index not in varying]
+    constant_flags = [
+        root(graph.outputs[k]) for k in stop_on if graph.outputs[k].index not in varying
+    ]
     moves = [(graph.inputs[k].index, root(graph.outputs[o])) for k, o in carried.items()]
     read = {root(v) for op in body for v in op.inputs()} | set(collected)
     moves = [(a, b) for a, b in moves if a != b and a in read]
@@ -250,7 +254,9 @@ def loop_source(
         text.append(f"{indent}if step == 0 and ({condition}): break")
     if moves:
         left, right = zip(*moves, strict=True)
-        text.append(f"{indent}{', '.join(f'v{i}' for i in left)} = {', '.join(f'v{i}' for i in right)}")
+        text.append(
+            f"{indent}{', '.join(f'v{i}' for i in left)} = {', '.join(f'v{i}' for i in right)}"
+        )
     text.append(f"    return step + 1, ({''.join(f'v{i}, ' for i in fixed)}), checks")
     return LoopSource("\n".join(text) + "\n", scope, collected, fixed, root)
 
@@ -303,7 +309,10 @@ def _in_place_ops(graph: StepGraph, ops: list[Op], root: Callable[[Value], int])
     return chosen
 
 
-def _last_uses(body, graph, root, varying, collected, carried, stop_on) -> dict[int, list[int]]:
+def _last_uses(
+    body: list[Op], graph: StepGraph, root: Callable[[Value], int], varying: set[int],
+    collected: list[int], carried: dict[Any, Any], stop_on: list[Any],
+) -> dict[int, list[int]]:  # fmt: skip
     """Body position -> temporaries nobody reads after it, so that their memory is free again."""
     keep = set(collected) | {v.index for v in graph.inputs.values()}
     keep |= {root(graph.outputs[o]) for o in carried.values()}

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fastwm.engines.captured import CapturedLoop, ChecksFailed
+from fastwm.engines.captured import CapturedLoop, ChecksFailed, FeedStep, Tensors
 from fastwm.nvtx import annotate
 
 __all__ = ["CaptureFailed", "CudaRecorder", "GraphedLoop", "Recorder", "Replay", "graphed_loop",
@@ -25,6 +25,8 @@ __all__ = ["CaptureFailed", "CudaRecorder", "GraphedLoop", "Recorder", "Replay",
 
 _WARMUPS = 3  # as torch.cuda.make_graphed_callables: lazy library handles, autotuned kernels
 _PER_PLAN = 8  # graphs kept per plan, one per horizon
+
+Fed = Sequence[Sequence[torch.Tensor]]  # fed inputs of every step
 
 
 class CaptureFailed(Exception):
@@ -97,7 +99,9 @@ _shared: dict[torch.device, CudaRecorder] = {}
 
 def graphed_loop(loop: CapturedLoop, device: torch.device) -> GraphedLoop | None:
     """The loop behind CUDA graphs, or None where they do not apply."""
-    if device.type != "cuda" or any(op.kwargs.get("generator") is not None for op in loop.graph.ops):
+    if device.type != "cuda" or any(
+        op.kwargs.get("generator") is not None for op in loop.graph.ops
+    ):
         return None
     if loop.grad:
         # What its backward needs stays in the graph's memory between calls: a pool of its own.
@@ -140,13 +144,13 @@ class GraphedLoop:
     def run(
         self,
         horizon: int,
-        inputs: dict[Any, torch.Tensor],
+        inputs: Tensors,
         constants: Sequence[torch.Tensor],
-        feed: Callable[[], Sequence[torch.Tensor]] | None,
+        feed: FeedStep | None,
         *,
         stop: bool,
         exact: bool = False,
-    ) -> tuple[int, dict[Any, torch.Tensor]]:
+    ) -> tuple[int, Tensors]:
         """As :meth:`CapturedLoop.run`; the whole horizon runs, and is cut where ``stop`` says.
 
         Raises:
@@ -195,25 +199,28 @@ def _stopped_at(results: dict[Any, torch.Tensor], loop: CapturedLoop, horizon: i
     return finished.index(True) + 1 if True in finished else horizon
 
 
-def _static(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+def _record_forward(
+    loop: CapturedLoop, recorder: Recorder, horizon: int, inputs: Tensors,
+    constants: Sequence[torch.Tensor], fed: Fed, exact: bool, *, grad: bool,
+) -> _Forward:  # fmt: skip
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+        return copy.requires_grad_(grad and tensor.requires_grad)
 
-
-def _record_forward(loop, recorder, horizon, inputs, constants, fed, exact, *, grad) -> _Forward:
-    own = {path: _static(value).requires_grad_(grad and value.requires_grad) for path, value in inputs.items()}
-    own_fed = [tuple(_static(a).requires_grad_(grad and a.requires_grad) for a in step) for step in fed]
+    start = {path: own(value) for path, value in inputs.items()}
+    own_fed = [tuple(own(a) for a in step) for step in fed]
 
     def work() -> tuple[dict[Any, torch.Tensor], torch.Tensor | None]:
         source = iter(own_fed)
         feed = (lambda: next(source)) if own_fed else None
-        _, results, checks = loop.record(horizon, own, constants, feed, stop=False, exact=exact)
+        _, results, checks = loop.record(horizon, start, constants, feed, stop=False, exact=exact)
         return results, torch.stack(checks).all() if checks else None
 
     (outputs, checks), replay = recorder.record(work, _WARMUPS)
-    return _Forward(own, own_fed, outputs, checks, replay)
+    return _Forward(start, own_fed, outputs, checks, replay)
 
 
-def _load(forward: _Forward, inputs: dict[Any, torch.Tensor], fed: Sequence[Sequence[torch.Tensor]]) -> None:
+def _load(forward: _Forward, inputs: Tensors, fed: Fed) -> None:
     targets = [*forward.inputs.values(), *(a for step in forward.fed for a in step)]
     sources = [*(inputs[path] for path in forward.inputs), *(a for step in fed for a in step)]
     with torch.no_grad():
@@ -232,10 +239,17 @@ def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 class _Plain:
     """A graph without gradients."""
 
-    def __init__(self, loop, recorder, horizon, inputs, constants, fed, exact) -> None:
-        self.forward = _record_forward(loop, recorder, horizon, inputs, constants, fed, exact, grad=False)
+    def __init__(
+        self, loop: CapturedLoop, recorder: Recorder, horizon: int, inputs: Tensors,
+        constants: Sequence[torch.Tensor], fed: Fed, exact: bool,
+    ) -> None:  # fmt: skip
+        self.forward = _record_forward(
+            loop, recorder, horizon, inputs, constants, fed, exact, grad=False
+        )
 
-    def __call__(self, inputs, constants, fed):
+    def __call__(
+        self, inputs: Tensors, constants: Sequence[torch.Tensor], fed: Fed
+    ) -> tuple[Tensors, torch.Tensor | None]:
         _load(self.forward, inputs, fed)
         self.forward.replay()
         outputs = self.forward.outputs
@@ -245,10 +259,15 @@ class _Plain:
 class _Differentiable:
     """A forward and a backward graph as one node of the autograd graph."""
 
-    def __init__(self, loop, recorder, horizon, inputs, constants, fed, exact) -> None:
+    def __init__(
+        self, loop: CapturedLoop, recorder: Recorder, horizon: int, inputs: Tensors,
+        constants: Sequence[torch.Tensor], fed: Fed, exact: bool,
+    ) -> None:  # fmt: skip
         self.recorder = recorder
         self.draws = loop.graph.draws
-        self.forward = _record_forward(loop, recorder, horizon, inputs, constants, fed, exact, grad=True)
+        self.forward = _record_forward(
+            loop, recorder, horizon, inputs, constants, fed, exact, grad=True
+        )
         forward = self.forward
         self.keys = list(forward.outputs)
         self.differentiable = [k for k in self.keys if forward.outputs[k].requires_grad]
@@ -265,26 +284,39 @@ class _Differentiable:
 
         self.gradients, self.backward = recorder.record(work, 1)
 
-    def replay_forward(self, inputs: dict[Any, torch.Tensor], fed: Sequence[Sequence[torch.Tensor]]) -> int:
+    def replay_forward(self, inputs: Tensors, fed: Fed) -> int:
         _load(self.forward, inputs, fed)
         self.forward.replay()
         self.forward.runs += 1
         return self.forward.runs
 
-    def __call__(self, inputs, constants, fed):
-        flat = [*(inputs[p] for p in self.forward.inputs), *(a for step in fed for a in step), *constants]
+    def __call__(
+        self, inputs: Tensors, constants: Sequence[torch.Tensor], fed: Fed
+    ) -> tuple[Tensors, torch.Tensor | None]:
+        flat = [
+            *(inputs[p] for p in self.forward.inputs),
+            *(a for step in fed for a in step),
+            *constants,
+        ]
         results = _Replayed.apply(self, len(self.forward.inputs), [len(s) for s in fed], *flat)
         return dict(zip(self.keys, results, strict=True)), self.forward.checks
 
 
+def _split(
+    graphed: _Differentiable, count: int, widths: list[int], flat: Sequence[torch.Tensor]
+) -> tuple[Tensors, Fed]:
+    """The start and the fed inputs out of a flat list."""
+    inputs = dict(zip(graphed.forward.inputs, flat[:count], strict=True))
+    rest = iter(flat[count:])
+    return inputs, [[next(rest) for _ in range(width)] for width in widths]
+
+
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, graphed: _Differentiable, count: int, widths: list[int], *flat: torch.Tensor):
-        inputs = dict(zip(graphed.forward.inputs, flat[:count], strict=True))
-        fed, at = [], count
-        for width in widths:
-            fed.append(flat[at : at + width])
-            at += width
+    def forward(
+        ctx: Any, graphed: _Differentiable, count: int, widths: list[int], *flat: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        inputs, fed = _split(graphed, count, widths, flat)
         ctx.graphed, ctx.widths = graphed, widths
         ctx.random_state = graphed.recorder.random_state() if graphed.draws else None
         ctx.run = graphed.replay_forward(inputs, fed)
@@ -300,15 +332,11 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads: torch.Tensor | None):
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         graphed, flat = ctx.graphed, ctx.saved_tensors
         if ctx.run != graphed.forward.runs:
             # Another rollout's activations are in the graph's memory by now.
-            inputs = dict(zip(graphed.forward.inputs, flat[: ctx.count], strict=True))
-            fed, at = [], ctx.count
-            for width in ctx.widths:
-                fed.append(flat[at : at + width])
-                at += width
+            inputs, fed = _split(graphed, ctx.count, ctx.widths, flat)
             now = graphed.recorder.random_state() if graphed.draws else None
             if ctx.random_state is not None:
                 graphed.recorder.set_random_state(ctx.random_state)

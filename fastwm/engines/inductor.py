@@ -53,7 +53,9 @@ def inductor(**options: Any) -> Callable[..., Callable[..., Any]]:
     options = dict(options)
     extra = {"fallback_random": True, **options.pop("options", {})}
 
-    def compiler(ops: list[Op], arguments: list[int], results: list[int], canonical: Callable) -> Any:
+    def compiler(
+        ops: list[Op], arguments: list[int], results: list[int], canonical: Callable
+    ) -> Any:
         module = body_module(ops, arguments, results, canonical)
         if "mode" in options:  # torch.compile takes mode or options, not both
             torch._inductor.config.fallback_random = True

@@ -46,8 +46,9 @@ class CpuRecorder:
             with torch.no_grad():
                 for func, args, kwargs, outs in tape.calls:
                     again = func(*args, **kwargs)
-                    pairs = [(outs, again)] if isinstance(outs, torch.Tensor) else zip(outs, again, strict=True)
-                    for out, new in pairs:
+                    if isinstance(outs, torch.Tensor):
+                        outs, again = [outs], [again]
+                    for out, new in zip(outs, again, strict=True):
                         if new.data_ptr() != out.data_ptr():
                             torch.ops.aten.copy_(out.detach(), new)
 
@@ -91,7 +92,9 @@ def assert_same(results, want):
             assert torch.equal(value, want[key])
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp_sampled", "rssm_sampled", "context", "linear_done"])
+@pytest.mark.parametrize(
+    "name", ["linear", "mlp_sampled", "rssm_sampled", "context", "linear_done"]
+)
 def test_replays_give_eager_results_for_fresh_starts(name):
     case = make_case(name)
     env, policy = case.env([5]), case.policy
@@ -273,7 +276,9 @@ def test_horizons_kept_are_bounded():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["linear", "mlp_sampled", "rssm_sampled", "context", "linear_done"])
+@pytest.mark.parametrize(
+    "name", ["linear", "mlp_sampled", "rssm_sampled", "context", "linear_done"]
+)
 @pytest.mark.parametrize("grad", [False, True])
 def test_parity_on_the_gpu(name, grad):
     case = make_case(name)
