@@ -90,6 +90,8 @@ def conditions_of(rows: Sequence[Row]) -> str:
         count = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
         parts.append(f"medians of {count} rounds, providers in turns; bars: quartiles")
         parts.append(f"measured peak {peak} GFLOP/s (torch.mm)")
+        if first.device == "cpu" and first.threads == 1:
+            parts.append(f"had the core {min(r.cpu_share for r in timed):.0%} of the time or more")
     worst = max(max(r.parity["worst"].values(), default=0.0) for r in rows)
     parts.append(f"parity green for all shown, worst {worst:.0e} of a key's largest value")
     return "; ".join(parts)
@@ -171,7 +173,7 @@ def _finish(figure: Figure, title: str, rows: Sequence[Row], path: Path) -> Path
                 labels.append(label)
     columns = max(1, min(len(labels), int(width / 1.9)))
     legend_rows = -(-len(labels) // columns) if labels else 0
-    text, legend = 0.15 * len(lines) + 0.1, 0.2 * legend_rows + 0.1
+    text, legend = 0.135 * len(lines) + 0.1, 0.18 * legend_rows + 0.05
     figure.text(0.02, 1 - 0.08 / height, title, fontsize=11, va="top")
     if labels:
         figure.legend(
@@ -194,7 +196,7 @@ def _grid(
 
     directions = [d for d in ("forward", "backward") if any(r.direction == d for r in rows)]
     horizons = sorted({r.horizon for r in rows})
-    size = (max(5.0, 3.3 * len(horizons) + 0.6), 2.5 * len(directions) + 1.5)
+    size = (max(7.0, 3.3 * len(horizons) + 0.6), 2.5 * len(directions) + 1.5)
     figure, grid = plt.subplots(
         len(directions), len(horizons), figsize=size, squeeze=False, sharex=True, sharey="row"
     )
@@ -261,7 +263,7 @@ def draw(results: Path) -> list[Path]:
     for (suite, device, threads, machine), rows in groups.items():
         where = f"{threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else device
         stem = f"{suite}-{_slug(machine)}-{_slug(where)}"
-        what = f"Imagined rollout, {suite} model"
+        what = f"Imagined rollouts, {suite} model"
         timed = [r for r in rows if isinstance(r, TimeRow)]
         if timed:
             speed, peak = results / f"{stem}-speed.png", results / f"{stem}-peak.png"

@@ -10,6 +10,10 @@ from fastwm.bench.runner import Outcome, bad
 __all__ = ["memory_table", "show", "table", "time_table"]
 
 
+#: Below this share of processor time, other work on the machine has distorted a single thread's times.
+QUIET = 0.95
+
+
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Columns aligned: the first to the left, the others to the right."""
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
@@ -53,6 +57,9 @@ def time_table(rows: Sequence[TimeRow]) -> str:
         f"peak: {limit['gflops']:.0f} GFLOP/s ({limit['how']})   rounds: {first.rounds}   "
         f"load: {first.machine['load']}"
     )
+    share = min(row.cpu_share for row in rows)
+    if first.device == "cpu" and first.threads == 1 and share < QUIET:
+        notes += f"\nBUSY MACHINE: this process had its core for {share:.0%} of the time; do not trust ms"
     return table(head, lines) + "\n" + notes
 
 

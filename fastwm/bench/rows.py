@@ -63,6 +63,8 @@ class TimeRow(Row):
 
     Args:
         samples_ms: milliseconds per call, one number per round; ``calls`` calls per sample.
+        cpu_share: processor time (all threads) over wall time: well below 1 on one thread means that
+            the machine was busy with something else.
         median_ms, q1_ms, q3_ms: of the samples.
         vs_reference: times faster than torchrl's classes: median over rounds of the ratio.
         vs_best_peer, best_peer: the same against the best provider that is not ours.
@@ -75,6 +77,7 @@ class TimeRow(Row):
     rounds: int
     calls: int
     samples_ms: list[float]
+    cpu_share: float
     median_ms: float
     q1_ms: float
     q3_ms: float

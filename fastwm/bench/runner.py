@@ -236,6 +236,7 @@ class Session:
                     rounds=len(ms[name]),
                     calls=samples[name].calls,
                     samples_ms=[round(value, 6) for value in ms[name]],
+                    cpu_share=samples[name].cpu_share,
                     median_ms=middle,
                     q1_ms=low,
                     q3_ms=high,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,10 +34,18 @@ class Effort:
 
 @dataclass(frozen=True)
 class Samples:
-    """One provider's turns: milliseconds per call, one per round, over ``calls`` calls."""
+    """One provider's turns.
+
+    Args:
+        ms: milliseconds per call, one number per round.
+        calls: per sample.
+        cpu_share: processor time over wall time, median over rounds. Below 1 on one thread, something
+            else had the core.
+    """
 
     ms: tuple[float, ...]
     calls: int
+    cpu_share: float
 
 
 def synchronizer(device: str) -> Callable[[], None]:
@@ -58,13 +67,15 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _seconds(run: Callable[[], Any], calls: int, sync: Callable[[], None]) -> float:
+def _seconds(run: Callable[[], Any], calls: int, sync: Callable[[], None]) -> tuple[float, float]:
+    """Wall and processor seconds per call; the latter of all threads together."""
     sync()
-    begin = time.perf_counter()
+    cpu, begin = time.process_time(), time.perf_counter()
     for _ in range(calls):
         run()
     sync()
-    return (time.perf_counter() - begin) / calls
+    wall = time.perf_counter() - begin
+    return wall / calls, (time.process_time() - cpu) / calls
 
 
 def interleave(
@@ -78,19 +89,25 @@ def interleave(
     """
     sync = synchronizer(device)
     with _no_collection():
-        once = {name: _seconds(run, 1, sync) for name, run in runs.items()}
-        # The second look is what counts: the first may still have met cold caches.
-        once = {name: min(once[name], _seconds(run, 1, sync)) for name, run in runs.items()}
+        # Two looks: the first may still have met cold caches.
+        first = {name: _seconds(run, 1, sync)[0] for name, run in runs.items()}
+        once = {name: min(first[name], _seconds(run, 1, sync)[0]) for name, run in runs.items()}
         wanted_s = max(effort.sample_seconds, 1e-9)
         calls = {n: math.ceil(wanted_s / max(s, 1e-9)) for n, s in once.items()}
         a_round = sum((calls[n] + (calls[n] > 1)) * once[n] for n in runs)
         wanted = int(effort.seconds / max(a_round, 1e-9))
         rounds = min(max(wanted, effort.min_rounds), effort.max_rounds)
         ms: dict[str, list[float]] = {name: [] for name in runs}
+        shares: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(rounds):
             for name, run in runs.items():
                 if calls[name] > 1:
                     run()
-                ms[name].append(1e3 * _seconds(run, calls[name], sync))
+                wall, cpu = _seconds(run, calls[name], sync)
+                ms[name].append(1e3 * wall)
+                shares[name].append(cpu / wall)
             gc.collect()
-    return {name: Samples(tuple(values), calls[name]) for name, values in ms.items()}
+    return {
+        name: Samples(tuple(values), calls[name], statistics.median(shares[name]))
+        for name, values in ms.items()
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -98,6 +100,19 @@ def test_a_sample_measures_time() -> None:
         effort,
     )
     assert 2.5 < stats.median_ratio(found["four"].ms, found["one"].ms) < 6
+
+
+def test_time_without_the_core_shows() -> None:
+    effort = Effort(seconds=0.0, min_rounds=3, max_rounds=3, sample_seconds=0.0)
+    matrix = torch.randn(256, 256)
+
+    def works() -> None:
+        for _ in range(10):
+            torch.mm(matrix, matrix)
+
+    found = interleave({"waits": lambda: time.sleep(0.02), "works": works}, effort)
+    assert found["waits"].cpu_share < 0.2
+    assert found["works"].cpu_share > found["waits"].cpu_share
 
 
 def test_a_plan_survives_the_way_to_its_process() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,6 @@ def test_the_table_is_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert "best peer: jax-scan" in printed
     assert "jax: unavailable: not here" in printed
+    assert "BUSY" not in printed
+    report.show(Outcome(outcome.case, [replace(row, cpu_share=0.4)]), 1, 1, False)
+    assert "BUSY MACHINE: this process had its core for 40% of the time" in capsys.readouterr().out
