@@ -58,7 +58,9 @@ class Template:
     def fill(self, values: dict[Path, Any], steps: int, dim: int, path: Path = ()) -> TensorDict:
         """The TensorDict of ``steps`` steps stacked along ``dim``; ``values`` holds a tensor per path."""
         source = {
-            key: values[(*path, key)] if node is None else node.fill(values, steps, dim, (*path, key))
+            key: values[(*path, key)]
+            if node is None
+            else node.fill(values, steps, dim, (*path, key))
             for key, node in self.entries.items()
         }
         size = self.batch_size

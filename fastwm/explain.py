@@ -65,7 +65,6 @@ def explain(env: WorldModelEnv, request: Request) -> Explanation:
         restarts = not request.stops and env.initial_state is not None
         if restarts and plan.flags_vary():
             raise NotCapturable("finished rows restart from initial_state")
-        assert plan.traced is not None and plan.loop is not None
         program, source = str(plan.traced.graph), plan.loop.source(stop=request.stops)
     except NotCapturable as reason:
         passed["captured"] = str(reason)

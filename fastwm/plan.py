@@ -23,7 +23,7 @@ from fastwm.watch import TooLarge, Watch
 if TYPE_CHECKING:
     from fastwm.env import WorldModelEnv
 
-__all__ = ["Plan", "cache_of", "plan_for"]
+__all__ = ["Plan", "PlanCache", "Refusal", "cache_of", "plan_for", "zero_done"]
 
 _KEYS = 64  # kinds of call remembered per env
 _VARIANTS = 8  # states of the modules (train, eval, ...) remembered per kind of call
@@ -31,61 +31,87 @@ _PATIENCE = 16  # plans made in a row without one being used again, before auto 
 
 
 @dataclass
-class Plan:
-    """A traced step that held when it was made, or the reason why there is none."""
+class Refusal:
+    """Why a kind of call is left to the eager path, for as long as nothing changes.
+
+    Attributes:
+        watch: what the verdict rests on; None for one that stands.
+        policy: the policy it was reached for.
+        reason: what ruled the trace out.
+    """
 
     watch: Watch | None
-    policy: Any = None
-    traced: TracedStep | None = None
-    loop: CapturedLoop | None = None
-    reason: str = ""
+    policy: Any
+    reason: str
+
+    def holds(self, request: Request) -> tuple[bool, str | None]:
+        """Whether nothing it rests on has changed; else what did."""
+        return _unchanged(self.watch, self.policy, request) if self.watch else (True, None)
+
+
+@dataclass
+class Plan:
+    """A traced step with what runs it.
+
+    Attributes:
+        traced, loop: the step, and its loop over the horizon.
+        policy: the policy it was traced for.
+        exact: the loop has to bind every op to its very overload.
+        constants: parameters, buffers and the like, in the graph's order, and their kinds when bound.
+        graphed: the loop behind CUDA graphs, where they apply.
+    """
+
+    traced: TracedStep
+    loop: CapturedLoop
+    policy: Any
     exact: bool = False
-    metas: list[tuple] = field(default_factory=list)
-    constants: list[torch.Tensor] = field(default_factory=list)
     graphed: GraphedLoop | None = None
+    constants: list[torch.Tensor] = field(default_factory=list)
+    kinds: list[tuple] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.constants = self.traced.constants()
+        self.kinds = self._kinds()
 
     def holds(self, request: Request) -> tuple[bool, str | None]:
         """Whether nothing the trace took for granted has changed; else what did."""
-        if self.watch is None:
-            return True, None
-        if self.policy is not request.policy and not same_function(self.policy, request.policy):
-            return False, "the policy is another function"
-        if not self.watch.unchanged():
-            same, what = self.watch.reconcile()
-            if not same:
-                return False, what
-            if self.traced is not None:
-                self.constants = self.traced.constants()
-        if self.traced is None:
-            return True, None
+        same, what = _unchanged(self.traced.watch, self.policy, request)
+        if not same:
+            return False, what
+        if what is not None:
+            self.constants = self.traced.constants()
         for location, value in self.traced.read:
             if not torch.equal(location.fetch(), value):
                 return False, "a tensor whose value Python reads was written"
-        if self._kinds() != self.metas:
+        if self._kinds() != self.kinds:
             return False, "a parameter or buffer changed its dtype, shape, device or gradient flag"
         return True, None
 
     def flags_vary(self) -> bool:
         """Whether a done flag can differ from step to step: whether there is a done head."""
-        assert self.traced is not None
         graph = self.traced.graph
         varying = step_varying(graph, {*self.traced.carried, *self.traced.fed})
         return any(graph.outputs[flag].index in varying for flag in self.traced.flags)
 
-    def bind(self) -> None:
-        assert self.traced is not None
-        self.constants = self.traced.constants()
-        self.metas = self._kinds()
-
     def _kinds(self) -> list[tuple]:
         return [(t.dtype, t.requires_grad, t.shape, t.device, t.stride()) for t in self.constants]
+
+
+def _unchanged(watch: Watch, policy: Any, request: Request) -> tuple[bool, str | None]:
+    """``(True, None)``; ``(True, what)`` after a change that a trace survives; ``(False, what)``."""
+    if policy is not request.policy and not same_function(policy, request.policy):
+        return False, "the policy is another function"
+    if watch.unchanged():
+        return True, None
+    same, what = watch.reconcile()
+    return same, what or "equal values or tensors of the same kind were put in"
 
 
 @dataclass
 class PlanCache:
     """The plans of one env, least recently used last to go."""
 
-    plans: OrderedDict[Any, list[Plan]] = field(default_factory=OrderedDict)
+    plans: OrderedDict[Any, list[Plan | Refusal]] = field(default_factory=OrderedDict)
     unused: int = 0
     calls: int = 0
     warned: set[str] = field(default_factory=set)
@@ -179,8 +205,8 @@ def plan_for(
     return _usable(plan), start
 
 
-def _usable(plan: Plan) -> Plan:
-    if plan.traced is None:
+def _usable(plan: Plan | Refusal) -> Plan:
+    if isinstance(plan, Refusal):
         raise NotCapturable(plan.reason)
     return plan
 
@@ -188,7 +214,7 @@ def _usable(plan: Plan) -> Plan:
 def _make(
     env: WorldModelEnv, request: Request, td: TensorDictBase, feed: Feed | None, cache: PlanCache,
     key: Any,
-) -> Plan:  # fmt: skip
+) -> Plan | Refusal:  # fmt: skip
     policy = None if feed is not None else request.compatible_policy(env)
     cache.traces += 1
     try:
@@ -200,8 +226,7 @@ def _make(
             traced.graph, traced.carried, traced.fed, traced.flags, traced.dim,
             grad=wants, compiler=env.step_compiler(),
         )  # fmt: skip
-        plan = Plan(traced.watch, request.policy, traced, loop)
-        plan.bind()
+        plan = Plan(traced, loop, request.policy)
         _verify(env, plan, td, feed, results)
         plan.graphed = graphed_loop(loop, next(iter(results.values())).device)
         return plan
@@ -213,33 +238,38 @@ def _make(
                 del cache.state_changes[next(iter(cache.state_changes))]
             cache.state_changes[key] = times
             raise
-        return Plan(None, request.policy, reason=str(reason))
+        return Refusal(None, request.policy, str(reason))
     except NotCapturable as reason:
         # Remember the refusal, with what it rests on, so as not to trace again at each call.
         try:
             original = None if feed is not None else request.policy
-            return Plan(watch_step(env, None, original), request.policy, reason=str(reason))
+            return Refusal(watch_step(env, None, original), request.policy, str(reason))
         except TooLarge:
             cache.last_change = str(reason)
             raise reason from None
 
 
 def _verify(
-    env: WorldModelEnv, plan: Plan, td: TensorDictBase, feed: Feed | None, results: dict[Any, torch.Tensor]
+    env: WorldModelEnv,
+    plan: Plan,
+    td: TensorDictBase,
+    feed: Feed | None,
+    results: dict[Any, torch.Tensor],
 ) -> None:
     """A plan is accepted only once replaying its step gave what the traced step gave."""
     inputs: dict[Any, torch.Tensor] = dict(leaves(td))
     given = None
     if feed is not None:
         given = lambda: feed.template  # noqa: E731
-    assert plan.loop is not None
     if plan.loop.compiler is not None:
         return  # rounding differs, and check_parity is there to say by how much
     problem = ""
     for exact in (False, True):
         try:
             with preserved_random_state(env.device):
-                _, replayed = plan.loop.run(1, inputs, plan.constants, given, stop=False, exact=exact)
+                _, replayed = plan.loop.run(
+                    1, inputs, plan.constants, given, stop=False, exact=exact
+                )
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
             continue

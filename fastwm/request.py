@@ -76,7 +76,10 @@ class Request:
             ("auto_cast_to_device=True", self.auto_cast_to_device),
             ("break_when_all_done=True", bool(self.break_when_all_done)),
             ("max_steps < 1", self.max_steps < 1),
-            ("no tensordict with auto_reset=False", self.tensordict is None and not self.auto_reset),
+            (
+                "no tensordict with auto_reset=False",
+                self.tensordict is None and not self.auto_reset,
+            ),
             ("both policy and actions", self.policy is not None and self.actions is not None),
             ("a compiled step_and_maybe_reset", "_compiled_step_and_maybe_reset" in env.__dict__),
             ("step hooks of a transform", env._post_step_mdp_hooks is not None),
@@ -108,7 +111,11 @@ class Request:
     def compatible_policy(self, env: WorldModelEnv) -> Any:
         """The policy as ``EnvBase.rollout`` wraps it."""
         return _make_compatible_policy(
-            self.policy, env.observation_spec, env=env, fast_wrap=True, trust_policy=self.trust_policy
+            self.policy,
+            env.observation_spec,
+            env=env,
+            fast_wrap=True,
+            trust_policy=self.trust_policy,
         )
 
     def feed(self, env: WorldModelEnv, batch_size: torch.Size) -> Feed | None:
@@ -136,7 +143,9 @@ class Request:
     def _given_actions(self, env: WorldModelEnv, batch_size: torch.Size) -> Feed:
         actions = self.actions
         if not isinstance(actions, (list, tuple, torch.Tensor)):
-            raise NotCapturable(f"actions= is a {type(actions).__name__}, not a list, tuple or tensor")
+            raise NotCapturable(
+                f"actions= is a {type(actions).__name__}, not a list, tuple or tensor"
+            )
         steps = actions.unbind(0) if isinstance(actions, torch.Tensor) else tuple(actions)
         if not steps or not all(isinstance(a, torch.Tensor) for a in steps):
             raise NotCapturable("actions= holds something else than tensors")

@@ -89,7 +89,7 @@ class _RandomState:
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
+        if self.cuda is not None and self.device is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
 
@@ -119,7 +119,7 @@ def _run(
     env: WorldModelEnv, request: Request, plan: Plan, td: TensorDictBase, start: dict,
     feed: Feed | None, random_state: _RandomState,
 ) -> TensorDictBase:  # fmt: skip
-    traced, loop = plan.traced, plan.loop
+    traced = plan.traced
     horizon = request.max_steps
     if feed is not None and feed.horizon is not None:
         horizon = min(horizon, feed.horizon)

@@ -138,7 +138,9 @@ class StepGraph:
         return tuple(lines)
 
     def __str__(self) -> str:
-        ins = ", ".join(f"{k}: {v!r}{list(self.metas[v.index].shape)}" for k, v in self.inputs.items())
+        ins = ", ".join(
+            f"{k}: {v!r}{list(self.metas[v.index].shape)}" for k, v in self.inputs.items()
+        )
         consts = ", ".join(f"{v!r}{list(t.shape)}" for v, t in self.constants)
         body = "\n".join(f"  {op}" for op in self.ops)
         outs = ", ".join(f"{k}: {v!r}" for k, v in self.outputs.items())

@@ -110,14 +110,18 @@ def _kept(read: list[torch.Tensor], watch: Watch) -> list[tuple[Location, torch.
         if location is None or id(tensor) in kept:
             continue  # made by Python during the trace, such as torch.tensor(0.5)
         if tensor.numel() > _MAX_READ:
-            raise Untraceable(f"Python reads a value computed from a tensor of {tensor.numel()} elements")
+            raise Untraceable(
+                f"Python reads a value computed from a tensor of {tensor.numel()} elements"
+            )
         kept[id(tensor)] = location, tensor.detach().clone()
     return list(kept.values())
 
 
 def _refuse_modules(watch: Watch) -> None:
     if watch.unwatchable:
-        raise Untraceable(f"the policy or the model holds a {watch.unwatchable[0]}, whose state is hidden")
+        raise Untraceable(
+            f"the policy or the model holds a {watch.unwatchable[0]}, whose state is hidden"
+        )
     for module in watch.modules:
         name = type(module).__name__
         hooks = [

@@ -81,7 +81,9 @@ class _Recorder(TorchDispatchMode):
         self.varying: set[int] = set()  # values that depend on inputs or on random draws
         self.own_memory: set[int] = set()  # memory allocated by the step itself
         self.scalar_reads: list[torch.Tensor] = []
-        self.reads_from: dict[int, set[int]] = {}  # constant value -> constants it was computed from
+        self.reads_from: dict[
+            int, set[int]
+        ] = {}  # constant value -> constants it was computed from
         self.generators: dict[torch.Generator, torch.Tensor] = {}
         self.functions: set[type] = set()  # custom autograd.Functions recorded as one op each
         self.inside: _Inside | None = None  # what such a function does while it runs
@@ -206,7 +208,16 @@ class _Recorder(TorchDispatchMode):
         self.functions.add(cls)
         detached = self.grad and not torch.is_grad_enabled()
         self.ops.append(
-            Op(cls.apply, ref_args, {}, refs, not isinstance(result, tuple), (), inside.draws, detached)
+            Op(
+                cls.apply,
+                ref_args,
+                {},
+                refs,
+                not isinstance(result, tuple),
+                (),
+                inside.draws,
+                detached,
+            )
         )
         return result
 
@@ -248,7 +259,9 @@ class _Recorder(TorchDispatchMode):
             given = args[i] if i < len(args) else kwargs.get(argument.name)
             for tensor in _tensors(given):
                 if _memory(tensor) not in self.own_memory:
-                    raise Untraceable(f"{func} writes in place into a tensor that is not the step's own")
+                    raise Untraceable(
+                        f"{func} writes in place into a tensor that is not the step's own"
+                    )
                 mutated.append(self.values[id(tensor)])
         return mutated
 
