@@ -64,7 +64,7 @@ class Template:
             for key, node in self.entries.items()
         }
         size = self.batch_size
-        names = list(self.names) if self.names is not None else [None] * len(size)
+        names: list[str | None] = list(self.names) if self.names else [None] * len(size)
         names.insert(dim, "time")
         # The constructor's checks cost more than a whole step at batch 1; every shape here is known.
         return TensorDict._new_unsafe(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -33,7 +33,7 @@ from fastwm.specs import (
 
 __all__ = ["WorldModelEnv"]
 
-InitialState = TensorDictBase | ReplayBuffer | Callable[[torch.Size], TensorDictBase]
+InitialState: TypeAlias = TensorDictBase | ReplayBuffer | Callable[[torch.Size], TensorDictBase]
 
 
 class WorldModelEnv(ModelBasedEnvBase):
@@ -99,6 +99,7 @@ class WorldModelEnv(ModelBasedEnvBase):
 
     # reset(set_state=True) is what this env always does with a latent it is given.
     _supports_set_state = True
+    _world_model: Any
 
     def __init__(
         self,
@@ -420,8 +421,8 @@ class WorldModelEnv(ModelBasedEnvBase):
             if terminated is None and done is not None:
                 flags["terminated"] = done.clone() if truncated is None else done & ~truncated
             for key in group:
-                flag = flags.get(_leaf(key))
-                out.set(key, self.full_done_spec[key].zero(lead) if flag is None else flag)
+                found = flags.get(_leaf(key))
+                out.set(key, self.full_done_spec[key].zero(lead) if found is None else found)
 
     def _as_flag(self, value: torch.Tensor) -> torch.Tensor:
         if value.dtype is torch.bool:
@@ -451,7 +452,7 @@ class WorldModelEnv(ModelBasedEnvBase):
         **kwargs: Any,
     ) -> TensorDictBase:
         absent = self._absent_keys(tensordict)
-        if not absent and set_state is not False:
+        if tensordict is not None and not absent and set_state is not False:
             start = tensordict.copy()
             start.pop("next", None)
         elif self.initial_state is not None and set_state is not True:
@@ -559,6 +560,7 @@ class WorldModelEnv(ModelBasedEnvBase):
                 warnings.filterwarnings("ignore", "Got conflicting batch_sizes")
                 drawn = source.sample(batch_size.numel()).reshape(batch_size)
         else:
+            assert callable(source)
             drawn = source(batch_size)
         if drawn.batch_size != batch_size:
             if drawn.batch_size.numel() == 1:

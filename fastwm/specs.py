@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -49,10 +50,10 @@ def next_key(key: NestedKey) -> tuple[str, ...]:
 
 def step_keys(step_module: torch.nn.Module, action_keys: list[NestedKey]) -> StepKeys:
     """Split the keys that a step reads into carried latents and constant context."""
-    written = {unravel_key(k) for k in step_module.out_keys}
+    written = {unravel_key(k) for k in cast(list[NestedKey], step_module.out_keys)}
     actions = {unravel_key(k) for k in action_keys}
     carried, context = [], []
-    for key in map(unravel_key, step_module.in_keys):
+    for key in map(unravel_key, cast(list[NestedKey], step_module.in_keys)):
         if next_key(key) in written:
             carried.append(key)
         elif key not in actions and not (isinstance(key, tuple) and key[0] == "next"):
@@ -72,7 +73,9 @@ def rebatch(spec: TensorSpec, batch_dims: int, batch_size: torch.Size) -> Tensor
     return spec.expand(torch.Size([*batch_size, *spec.shape])).clone()
 
 
-def unbounded(value: torch.Tensor, batch_dims: int, batch_size: torch.Size, device) -> Unbounded:
+def unbounded(
+    value: torch.Tensor, batch_dims: int, batch_size: torch.Size, device: torch.device | None
+) -> Unbounded:
     """The spec of a latent whose one known value is ``value``, ``[*any batch, *event]``."""
     shape = torch.Size([*batch_size, *value.shape[batch_dims:]])
     return Unbounded(shape=shape, dtype=value.dtype, device=device)
@@ -85,7 +88,9 @@ def has_lazy(module: object) -> bool:
     )
 
 
-def probe_encoder(world_model: object, base_env: EnvBase, device) -> TensorDictBase | None:
+def probe_encoder(
+    world_model: object, base_env: EnvBase, device: torch.device | None
+) -> TensorDictBase | None:
     """Shapes of what ``world_model.encode`` writes, on fake tensors: nothing real is computed.
 
     Returns None where that cannot be known: no ``encode``, lazy parameters (a probe would be the

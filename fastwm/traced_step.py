@@ -138,7 +138,9 @@ def _refuse_modules(watch: Watch) -> None:
                 raise Untraceable(f"lazy parameters of {name} are not initialised yet")
 
 
-def _trace_twice(env, policy, feed, start, watch):
+def _trace_twice(
+    env: WorldModelEnv, policy: Any, feed: Feed | None, start: TensorDictBase, watch: Watch
+) -> tuple[TracedStep, dict[Any, torch.Tensor]]:
     first, td, state, read = _trace_once(env, policy, feed, start, watch)
     second, td2, _, _ = _trace_once(env, policy, feed, state, watch)
     if set(leaves(td)) != set(leaves(td2)):
@@ -168,8 +170,8 @@ def _trace_twice(env, policy, feed, start, watch):
     first.prune()
     flags = _stop_flags(env)
     sources = []
-    for value, tensor in first.constants:
-        held = value.index in first.fresh
+    for constant, tensor in first.constants:
+        held = constant.index in first.fresh
         sources.append(tensor if held else watch.tensors[id(tensor)])
     step = TracedStep(
         graph=first,
@@ -185,7 +187,9 @@ def _trace_twice(env, policy, feed, start, watch):
     return step, results
 
 
-def _trace_once(env, policy, feed, start, watch):
+def _trace_once(
+    env: WorldModelEnv, policy: Any, feed: Feed | None, start: TensorDictBase, watch: Watch
+) -> tuple[StepGraph, TensorDictBase, TensorDictBase, list[torch.Tensor]]:
     structure = start.copy()
     # Own leaves, cut from whatever graph the caller's start hangs on.
     inputs: dict[Any, torch.Tensor] = {

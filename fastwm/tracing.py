@@ -47,15 +47,17 @@ class _NoEscape(TorchFunctionMode):
         torch.Tensor.register_hook: "a tensor hook",
         torch.Tensor.backward: "Tensor.backward() inside the step",
         torch.autograd.grad: "torch.autograd.grad inside the step",
-        torch.Tensor.data.__get__: "Tensor.data",
-        torch.Tensor.data.__set__: "assignment to Tensor.data",
+        torch.Tensor.data.__get__: "Tensor.data",  # type: ignore[attr-defined]
+        torch.Tensor.data.__set__: "assignment to Tensor.data",  # type: ignore[attr-defined]
     }
 
     def __init__(self) -> None:
         super().__init__()
         self.seen = ""  # kept, should the step catch what is raised
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         try:
             escape = self.escapes.get(func)
         except TypeError:  # unhashable: none of ours
@@ -130,14 +132,16 @@ class _Recorder(TorchDispatchMode):
 
     # -- ops
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         try:
             return self.dispatch(func, args, kwargs or {})
         except Untraceable as reason:
             self.refusal = self.refusal or reason  # kept, should the step catch it
             raise
 
-    def dispatch(self, func, args, kwargs):
+    def dispatch(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.inside is not None:
             return self.inside.run(func, args, kwargs, self)
         # Tensors become values before the op may change them.
@@ -190,7 +194,7 @@ class _Recorder(TorchDispatchMode):
         )  # fmt: skip
         return result
 
-    def call_function(self, cls: type, apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def call_function(self, cls: Any, apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Record a custom ``autograd.Function`` as one op, so that its own backward is kept."""
         if self.inside is not None:
             return apply(*args)
@@ -230,7 +234,9 @@ class _Recorder(TorchDispatchMode):
             return {k: self._refer(item, func) for k, item in tree.items()}
         return tree
 
-    def _read_scalar(self, func, args, kwargs, inputs, varying):
+    def _read_scalar(
+        self, func: Any, args: tuple, kwargs: dict[str, Any], inputs: list[Value], varying: bool
+    ) -> Any:
         result = func(*args, **kwargs)
         if not varying:
             for value in inputs:
@@ -249,7 +255,7 @@ class _Recorder(TorchDispatchMode):
     def _validations(self) -> set[Value | None]:
         return {o for op in self.ops if op.target is aten._is_all_true.default for o in op.outputs}
 
-    def _mutated(self, func, args, kwargs) -> list[Value]:
+    def _mutated(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Value]:
         if not func._schema.is_mutable:
             return []
         mutated = []
@@ -298,7 +304,7 @@ def _functions_as_ops(recorder: _Recorder) -> Iterator[None]:
         return
     base = torch._C._FunctionBase.__dict__["apply"]
     # Function.apply ends in super().apply, and that is looked up here.
-    level = torch.autograd.function._SingleLevelFunction
+    level: Any = torch.autograd.function._SingleLevelFunction
 
     def apply(cls: type, *args: Any) -> Any:
         run = base.__get__(None, cls)
@@ -317,7 +323,7 @@ _one_at_a_time = threading.RLock()  # tracing replaces a method of a class that 
 
 
 # Number of the memory behind a tensor. Not Tensor.untyped_storage(): the recorder refuses that one.
-_memory = torch._C._storage_id
+_memory = torch._C._storage_id  # type: ignore[attr-defined]
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
@@ -347,20 +353,21 @@ def _training_flag(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: d
 def preserved_random_state(device: torch.device | None) -> Iterator[None]:
     """Leave torch's, numpy's and Python's generators as they were found."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = device is not None and device.type == "cuda"
-    cuda_state = torch.cuda.get_rng_state(device) if cuda else None
+    cuda = device if device is not None and device.type == "cuda" else None
+    cuda_state = None if cuda is None else torch.cuda.get_rng_state(cuda)
     try:
         yield
     finally:
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
-        if cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state, device)
+        if cuda is not None and cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, cuda)
 
 
 def _python_draws() -> tuple[Any, ...]:
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
     return random.getstate(), kind, keys.tobytes(), tuple(rest)
 
 
@@ -422,7 +429,7 @@ def trace(
 
 def _refuse_python_backward(results: Mapping[Any, torch.Tensor], recorded: set[type]) -> None:
     """A backward written in Python that was not recorded as such would be lost in the replay."""
-    stack = [t.grad_fn for t in results.values() if t.grad_fn is not None]
+    stack: list[Any] = [t.grad_fn for t in results.values() if t.grad_fn is not None]
     seen = set()
     while stack:
         node = stack.pop()
@@ -430,6 +437,7 @@ def _refuse_python_backward(results: Mapping[Any, torch.Tensor], recorded: set[t
             continue
         seen.add(node)
         if isinstance(node, torch.autograd.function.BackwardCFunction):
-            if type(node)._forward_cls not in recorded:
-                raise Untraceable(f"custom autograd.Function {type(node)._forward_cls.__name__}")
+            function = getattr(type(node), "_forward_cls", type(node))
+            if function not in recorded:
+                raise Untraceable(f"custom autograd.Function {function.__name__}")
         stack.extend(next_node for next_node, _ in node.next_functions)

@@ -93,7 +93,7 @@ class LoopSource:
 
     def compile(self) -> Callable[..., tuple[int, tuple, list]]:
         scope = dict(self.scope)
-        exec(compile(self.text, "<fastwm loop>", "exec"), scope)  # noqa: S102
+        exec(compile(self.text, "<fastwm loop>", "exec"), scope)
         return scope["run"]
 
 
@@ -207,9 +207,8 @@ def loop_source(
             found, buffers = _buffers(body, graph, root, in_place, last)
             into.update(found)
             for number, (shape, dtype, device) in enumerate(buffers):
-                text.append(
-                    f"    w{number} = empty({list(shape)}, dtype={bind(dtype, 'c')}, device={bind(device, 'c')})"
-                )
+                kind = f"dtype={bind(dtype, 'c')}, device={bind(device, 'c')}"
+                text.append(f"    w{number} = empty({list(shape)}, {kind})")
     if collected:
         text.append(f"    {''.join(f's{i}, ' for i in collected)} = sinks")
     text.append("    for step in range(horizon):")
