@@ -137,6 +137,16 @@ def _run_worker(plan: Plan, threads: int) -> int:
         return subprocess.run(command, input=text, text=True, env=env).returncode
 
 
+def _draw(results: Path) -> None:
+    from fastwm.bench import plots
+
+    try:
+        for path in plots.draw(results):
+            print(f"plot: {path}")
+    except ModuleNotFoundError as error:
+        print(f"no plots: {error.name} is not installed")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark as the command line says.
 
@@ -160,10 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status |= int(_run_worker(plan, threads) != 0)
         print(f"\nrows: {plan.results}")
     if not options.no_plot:
-        from fastwm.bench import plots
-
-        for path in plots.draw(results):
-            print(f"plot: {path}")
+        _draw(results)
     if status:
         print("NOT ALL GREEN: see above for what was red or failed.", file=sys.stderr)
     return status

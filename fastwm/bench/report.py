@@ -57,10 +57,21 @@ def time_table(rows: Sequence[TimeRow]) -> str:
         f"peak: {limit['gflops']:.0f} GFLOP/s ({limit['how']})   rounds: {first.rounds}   "
         f"load: {first.machine['load']}"
     )
-    share = min(row.cpu_share for row in rows)
-    if first.device == "cpu" and first.threads == 1 and share < QUIET:
-        notes += f"\nBUSY MACHINE: this process had its core for {share:.0%} of the time; do not trust ms"
-    return table(head, lines) + "\n" + notes
+    return "\n".join(filter(None, [table(head, lines), notes, _busy(rows)]))
+
+
+def _busy(rows: Sequence[TimeRow]) -> str:
+    """A warning when other work had the cores, else nothing."""
+    first, share = rows[0], min(row.cpu_share for row in rows)
+    if first.device != "cpu":
+        return ""
+    if first.threads == 1 and share < QUIET:
+        why = f"this process had its core for {share:.0%} of the time"
+    elif first.machine["load"] > first.threads + 1:
+        why = f"its load is {first.machine['load']}, this process can be {first.threads} of it"
+    else:
+        return ""
+    return f"BUSY MACHINE: {why}. Do not trust these times."
 
 
 def memory_table(rows: Sequence[MemoryRow]) -> str:

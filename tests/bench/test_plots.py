@@ -121,3 +121,6 @@ def test_the_table_is_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert "BUSY" not in printed
     report.show(Outcome(outcome.case, [replace(row, cpu_share=0.4)]), 1, 1, False)
     assert "BUSY MACHINE: this process had its core for 40% of the time" in capsys.readouterr().out
+    loaded = replace(row, threads=2, cpu_share=0.9, machine={**MACHINE, "load": 3.5})
+    report.show(Outcome(outcome.case, [loaded]), 1, 1, False)
+    assert "BUSY MACHINE: its load is 3.5" in capsys.readouterr().out
