@@ -58,9 +58,8 @@ def gradients(function: Any, gamma: Any, lmbda: Any, data: dict[str, Tensor]) ->
 def test_the_cpp_kernel_is_what_these_tests_run() -> None:
     if not cpu_library().loaded:
         pytest.skip(f"only the reference is tested here: {cpu_library().reason}")
-    keys = "CPU"
     for op in ("lambda_return", "lambda_return_backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastwm::{op}", keys)
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastwm::{op}", "CPU")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,13 +128,15 @@ def test_gradcheck_and_second_derivatives() -> None:
 def test_opcheck(dtype: torch.dtype, tensors: bool) -> None:
     data = trajectory(3, 4, 1, dtype=dtype)
     value = data["next_state_value"].requires_grad_()
-    gamma = torch.rand(3, 4, 1, dtype=dtype).requires_grad_() if tensors else None
-    rest = (data["done"], data["terminated"], gamma, None, GAMMA, LMBDA)
-    torch.library.opcheck(torch.ops.fastwm.lambda_return, (value, data["reward"], *rest))
-    rest = (data["done"], data["terminated"], gamma, None, GAMMA, LMBDA)
-    if tensors:
-        rest = (*rest[:2], gamma.detach(), *rest[3:])
-    torch.library.opcheck(torch.ops.fastwm.lambda_return_backward, (value.detach(), *rest))
+    gamma = torch.rand(3, 4, 1, dtype=dtype) if tensors else None
+    flags = (data["done"], data["terminated"])
+    rest = (None, GAMMA, LMBDA)
+    backward = (value.detach(), *flags, gamma, *rest)
+    torch.library.opcheck(torch.ops.fastwm.lambda_return_backward, backward)
+    if gamma is not None:
+        gamma.requires_grad_()
+    forward = (value, data["reward"], *flags, gamma, *rest)
+    torch.library.opcheck(torch.ops.fastwm.lambda_return, forward)
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
