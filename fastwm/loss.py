@@ -354,10 +354,9 @@ class WorldModelLoss(LossModule):
 
         losses: dict[str, Any] = {}
         for name in active:
-            key, target_key, target = self._target(name, predicted, truth)
+            key, prediction, target_key, target = self._pair(name, predicted, truth)
             if target is None:
                 raise _missing(name, target_key, tensordict)
-            prediction = predicted.get(key, None)
             if prediction is None:
                 raise KeyError(
                     f"The world model wrote no {key!r}, which the {name!r} loss compares with "
@@ -385,13 +384,14 @@ class WorldModelLoss(LossModule):
 
         keys = [*map(self._next, fields), *(target_key for _, target_key in pairs.values())]
         truth = {key: batch.get(key, None) for key in keys}
-        needed = [("reward", self._next("reward"))] if "reward" in active else []
-        flag = self._declared_flag() if "done" in active else None
-        needed += [("done", self._next(flag))] if flag else []
-        needed += [(name, target) for name, (key, target) in pairs.items() if key == target]
-        for name, key in needed:
-            if truth[key] is None:
-                raise _missing(name, key, batch)
+        if any(value is None for value in truth.values()):
+            needed = [("reward", self._next("reward"))] if "reward" in active else []
+            flag = self._declared_flag() if "done" in active else None
+            needed += [("done", self._next(flag))] if flag else []
+            needed += [(name, target) for name, (key, target) in pairs.items() if key == target]
+            for name, key in needed:
+                if truth[key] is None:
+                    raise _missing(name, key, batch)
 
         for field in fields:
             key, aside = self._next(field), self._next(f"true_{field}")
@@ -403,26 +403,28 @@ class WorldModelLoss(LossModule):
                 batch.rename_key_(key, aside)
         return truth
 
-    def _target(
+    def _pair(
         self, name: str, predicted: TensorDictBase, truth: dict[NestedKey, Any]
-    ) -> tuple[NestedKey, NestedKey, Any]:
-        """The key of the prediction, that of the target, and the target (None if there is none)."""
-        if name == "reward":
-            key = self._next("reward")
-            return key, key, truth[key]
-        if name == "done":
-            key = self._next("done")
-            if predicted.get(key, None) is None:
+    ) -> tuple[NestedKey, Any, NestedKey, Any]:
+        """Key and value of the prediction, then of the target; None for a value that is absent."""
+        if name in ("reward", "done"):
+            key = self._next(name)
+            prediction = predicted.get(key, None)
+            if name == "done" and prediction is None:
                 key = self._next("terminated")
-            if predicted.get(key, None) is None:
-                raise KeyError(
-                    f"The world model wrote neither {self._next('done')!r} nor {key!r}: the 'done' "
-                    f"loss needs a done head. After it ran there were {_listed(predicted)}."
-                )
-            return key, key, truth[key]
+                prediction = predicted.get(key, None)
+                if prediction is None:
+                    raise KeyError(
+                        f"The world model wrote neither {self._next('done')!r} nor {key!r}: the "
+                        f"'done' loss needs a done head. After it ran there were "
+                        f"{_listed(predicted)}."
+                    )
+            return key, prediction, key, truth[key]
         key, target_key = self._compared_keys(name)
         target = None if key == target_key else predicted.get(target_key, None)
-        return key, target_key, truth[target_key] if target is None else target
+        if target is None:
+            target = truth[target_key]
+        return key, predicted.get(key, None), target_key, target
 
     def _compare(
         self,

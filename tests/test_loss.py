@@ -589,6 +589,18 @@ def test_binary_cross_entropy_names_the_head_that_emits_no_probabilities() -> No
         loss(make_batch())
 
 
+@pytest.mark.gpu
+def test_binary_cross_entropy_on_cuda_neither_ends_the_context_nor_refuses_autocast() -> None:
+    batch = make_batch().to("cuda")
+    for flag in (torch.sigmoid, lambda x: x + 3):
+        model = make_model("done", flag=flag).to("cuda")
+        loss = WorldModelLoss(model, losses=["done"], done_loss="binary_cross_entropy")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = loss(batch)["loss_done"]
+        torch.cuda.synchronize()
+        assert out.isfinite() == (flag is torch.sigmoid)
+
+
 @pytest.mark.parametrize(
     "distance", ["l2", "binary_cross_entropy", "binary_cross_entropy_with_logits"]
 )
