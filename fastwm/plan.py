@@ -18,7 +18,7 @@ from fastwm.nvtx import annotate
 from fastwm.request import Feed, NotCapturable, Request, same_function
 from fastwm.traced_step import StateChanges, TracedStep, trace_step, watch_step
 from fastwm.tracing import preserved_random_state
-from fastwm.watch import TooLarge, Watch
+from fastwm.watch import Watch
 
 if TYPE_CHECKING:
     from fastwm.env import WorldModelEnv
@@ -244,7 +244,7 @@ def _make(
         try:
             original = None if feed is not None else request.policy
             return Refusal(watch_step(env, None, original), request.policy, str(reason))
-        except TooLarge:
+        except Exception:  # too large to watch, or not to be looked at
             cache.last_change = str(reason)
             raise reason from None
 

@@ -56,7 +56,7 @@ def _warn_once(env: WorldModelEnv, reason: str, engine: str = "eager engine") ->
     warnings.warn(
         f"fastwm: this rollout runs on the {engine}: {reason}. "
         "(env.explain(...) says more; backend='eager' asks for it and silences this.)",
-        stacklevel=5,
+        stacklevel=4,
     )
 
 
@@ -67,16 +67,27 @@ def captured_rollout(env: WorldModelEnv, request: Request) -> TensorDictBase:
         NotCapturable: before anything of the caller's was changed.
     """
     request.refuse(env)
-    random_state = _RandomState(env.device)
     td = start_of(env, request)
-    feed = request.feed(env, td.batch_size)
+    random_state = _RandomState(env.device)
     try:
+        feed = request.feed(env, td.batch_size)
         plan, start = plan_for(env, request, td, feed)
-        return _run(env, request, plan, td, start, feed, random_state)
+        return _run(env, request, plan, td, start, feed)
     except NotCapturable:
-        # A start drawn from initial_state has to be drawn again by the eager path.
+        # The eager path goes on from here: asking initial_state again might give another start.
         random_state.restore()
+        request.tensordict = _with_own_flags(env, td)
+        request.auto_reset, request.set_state = False, None
         raise
+
+
+def _with_own_flags(env: WorldModelEnv, td: TensorDictBase) -> TensorDictBase:
+    td = td.copy()
+    for key in env.done_keys:
+        flag = td.get(key, None)
+        if flag is not None:
+            td.set(key, flag.clone())
+    return td
 
 
 class _RandomState:
@@ -117,7 +128,7 @@ def own_copy(start: TensorDictBase | None) -> TensorDictBase | None:
 
 def _run(
     env: WorldModelEnv, request: Request, plan: Plan, td: TensorDictBase, start: dict,
-    feed: Feed | None, random_state: _RandomState,
+    feed: Feed | None,
 ) -> TensorDictBase:  # fmt: skip
     traced = plan.traced
     horizon = request.max_steps

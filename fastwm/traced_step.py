@@ -73,6 +73,13 @@ def trace_step(
         policy = original = None
     try:
         watch = watch_step(env, policy, original)
+    except TooLarge as error:
+        raise NotCapturable(str(error)) from error
+    except Exception as error:
+        raise NotCapturable(
+            f"reading the attributes of the policy or model raises: {error}"
+        ) from error
+    try:
         _refuse_modules(watch)
         restore = watch.snapshot()
         try:
@@ -86,7 +93,7 @@ def trace_step(
         return traced
     except StateChanges:
         raise
-    except (Untraceable, TooLarge) as error:
+    except Untraceable as error:
         raise NotCapturable(str(error)) from error
     except Exception as error:
         # The eager path will raise the same, at the right place.
@@ -131,11 +138,14 @@ def _refuse_modules(watch: Watch) -> None:
         # torchrl's own projection of actions is a pure function of the tensordict.
         if any(hook is not _forward_hook_safe_action for hook in hooks):
             raise Untraceable(f"a hook on {name}")
-        if isinstance(module, (torch._dynamo.eval_frame.OptimizedModule, torch.jit.ScriptModule)):
+        compiled = (torch._dynamo.eval_frame.OptimizedModule, torch.jit.ScriptModule)
+        if isinstance(module, compiled) or module._compiled_call_impl is not None:
             raise Untraceable(f"{name} is compiled already")
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
             if tensor is not None and torch.nn.parameter.is_lazy(tensor):
                 raise Untraceable(f"lazy parameters of {name} are not initialised yet")
+    if watch.compiled:
+        raise Untraceable(f"{watch.compiled[0]} is compiled already")
 
 
 def _trace_twice(

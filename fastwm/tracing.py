@@ -40,6 +40,7 @@ class _NoEscape(TorchFunctionMode):
     escapes: ClassVar = {
         torch.Tensor.numpy: "Tensor.numpy()",
         torch.Tensor.tolist: "Tensor.tolist()",
+        torch.Tensor.__repr__: "repr() of a tensor",
         torch.Tensor.__array__: "numpy on a tensor",
         torch.Tensor.__dlpack__: "Tensor.__dlpack__()",
         torch.Tensor.data_ptr: "Tensor.data_ptr()",

@@ -32,8 +32,9 @@ _LIMIT = 20_000  # watched entries; beyond that looking would cost more than it 
 _ARRAY_BYTES = 1 << 16  # arrays are compared by content
 _RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
 _CONSTANTS = (
-    bool, int, float, complex, str, bytes, range, slice, np.generic,
-    types.BuiltinFunctionType, types.CodeType, torch.dtype, torch.device, torch.Size, torch.layout, type(None), type(Ellipsis), torch.Generator,
+    bool, int, float, complex, str, bytes, range, slice, np.generic, type(None), type(Ellipsis),
+    types.BuiltinFunctionType, types.CodeType, torch.dtype, torch.device, torch.Size, torch.layout,
+    torch.Generator,
 )  # fmt: skip
 _OPAQUE = (logging.Logger, logging.Handler, io.IOBase, types.FrameType)
 # Libraries whose code does not change under way. Their objects' attributes are watched all the same.
@@ -80,13 +81,14 @@ class Watch:
         self.tensors: dict[int, Location] = {}
         self.modules: list[torch.nn.Module] = []
         self.unwatchable: list[str] = []  # iterators and the like: state that cannot be looked at
+        self.compiled: list[str] = []
         self._tied: dict[int, list[Location]] = {}  # tensors found in several places
         self._dicts: list[dict] = []
         self._empty: list[dict] = []
         self._lists: list[list | deque] = []
         self._classes: list[types.MappingProxyType] = []
         self._owners: list[type] = []
-        self._forwards: list[type] = []
+        self._forwards: list[types.MappingProxyType] = []  # library classes: only what they run
         self._scopes: list[dict] = []  # globals, each by the name beside it
         self._names: list[str] = []
         self._functions: list[types.FunctionType] = []
@@ -138,6 +140,8 @@ class Watch:
             self._push(obj.func)
             self._enter(obj.args, enumerate(obj.args))
             self._watch_dict(obj.keywords)
+        elif isinstance(obj, torch.jit.ScriptFunction):
+            self.compiled.append(obj.name)
         elif isinstance(obj, weakref.ref):
             self._push(obj())
         elif isinstance(obj, ContextVar):
@@ -212,11 +216,13 @@ class Watch:
 
     def _watch_class(self, cls: type) -> None:
         for base in cls.__mro__:
-            if issubclass(base, torch.nn.Module) and base is not torch.nn.Module:
-                self._forwards.append(base)
-            if (base is not cls and id(base) in self._visited) or _is_library(base.__module__):
+            if base is not cls and id(base) in self._visited:
                 continue
             self._visited[id(base)] = base
+            if _is_library(base.__module__):
+                if "forward" in vars(base):
+                    self._forwards.append(vars(base))
+                continue
             members = vars(base)
             self._classes.append(members)
             self._owners.append(base)
@@ -231,6 +237,8 @@ class Watch:
                     self._waiting.setdefault(name, []).append(function)
 
     def _watch_function(self, fn: types.FunctionType) -> None:
+        if "_torchdynamo_orig_callable" in fn.__dict__:
+            self.compiled.append(fn.__name__)
         self._watch_dict(fn.__dict__)
         self._enter(fn.__defaults__, enumerate(fn.__defaults__ or ()))
         if fn.__kwdefaults__:
@@ -288,7 +296,7 @@ class Watch:
             chain.from_iterable(map(dict.values, self._dicts)),
             chain.from_iterable(self._lists),
             chain.from_iterable(map(types.MappingProxyType.values, self._classes)),
-            map(getattr, self._forwards, repeat("forward")),
+            map(types.MappingProxyType.get, self._forwards, repeat("forward")),
             map(dict.get, self._scopes, self._names),
             map(_CODE, self._functions),
             map(_DEFAULTS, self._functions),
