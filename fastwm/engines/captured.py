@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ FeedStep = Callable[[], Sequence[torch.Tensor]]  # this step's fed inputs
 # From this many bytes a step on, results are copied straight into the stacked output: the steps' own
 # tensors never pile up, and the copy is no longer dominated by the cost of a call.
 _WRITE_BYTES = 1 << 18
+# What no later step needs is put off until after the loop while its widest intermediate stays this small:
+# in a core's cache on a CPU; on CUDA, where launches are what is saved, far from filling the memory.
+_DEFER_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 class ChecksFailed(Exception):
@@ -60,14 +64,16 @@ class CapturedLoop:
         self.compiler = compiler
         self.inputs = list(graph.inputs)
         self.outputs = [key for key in graph.outputs if key[0] == "td"]
-        self._loops: dict[tuple[bool, bool, bool], tuple[LoopSource, Callable[..., Any]]] = {}
+        self._loops: dict[tuple[bool, ...], _Loop] = {}
 
-    def source(self, *, stop: bool = False, write: bool = False) -> str:
+    def source(self, *, stop: bool = False, write: bool = False, defer: bool = False) -> str:
         """The generated Python of the loop, for reading."""
-        return self._loop(stop, write, False)[0].text
+        return self._loop(stop=stop, write=write, defer=defer).source.text
 
-    def _loop(self, stop: bool, write: bool, exact: bool) -> tuple[LoopSource, Callable[..., Any]]:
-        key = (stop, write, exact)
+    def _loop(
+        self, *, stop: bool, write: bool = False, defer: bool = False, exact: bool = False
+    ) -> _Loop:
+        key = (stop, write, defer, exact)
         if key not in self._loops:
             # What a carried input was at each step follows from what the steps wrote.
             derived = {self.graph.inputs[path] for path in self.carried}
@@ -75,14 +81,27 @@ class CapturedLoop:
             wanted += [o for o in self.carried.values() if o in self.graph.outputs]
             source = loop_source(
                 self.graph, self.carried, self.fed, wanted, self.flags if stop else [],
-                grad=self.grad, write=write, exact=exact, compiler=self.compiler,
+                grad=self.grad, write=write, exact=exact, defer=defer, compiler=self.compiler,
             )  # fmt: skip
-            self._loops[key] = source, source.compile()
+            self._loops[key] = _Loop(source, *source.compile())
         return self._loops[key]
 
-    def _step_bytes(self, source: LoopSource) -> int:
-        metas = (self.graph.metas[i] for i in source.collected)
-        return sum(m.shape.numel() * m.dtype.itemsize for m in metas)
+    def _choose(self, horizon: int, *, stop: bool, exact: bool) -> tuple[_Loop, bool]:
+        """The loop for this size, and whether it writes straight into the stacked outputs."""
+        plain = self._loop(stop=stop, exact=exact)
+        large = sum(self._bytes(i) for i in plain.source.collected) >= _WRITE_BYTES
+        if not self.grad and not torch.is_inference_mode_enabled() and large:
+            return self._loop(stop=stop, write=True, exact=exact), True
+        if self.dim == 1 and self.compiler is None:
+            put_off = self._loop(stop=stop, defer=True, exact=exact)
+            device = next(iter(self.graph.metas.values())).device.type
+            if horizon * put_off.widest(self._bytes) <= _DEFER_BYTES.get(device, 0):
+                return put_off, False
+        return plain, False
+
+    def _bytes(self, index: int) -> int:
+        shape, dtype, _ = self.graph.metas[index]
+        return shape.numel() * dtype.itemsize
 
     def run(
         self,
@@ -127,91 +146,125 @@ class CapturedLoop:
     ) -> tuple[int, Tensors, list[torch.Tensor]]:
         """As :meth:`run`, with the checks returned and not looked at: nothing here waits for the device
         unless ``stop`` asks for it, so that it can be captured."""
-        source, run = self._loop(stop, False, exact)
-        write = (
-            not self.grad
-            and not torch.is_inference_mode_enabled()
-            and self._step_bytes(source) >= _WRITE_BYTES
-        )
-        if write:
-            source, run = self._loop(stop, True, exact)
-        start = [inputs[path] if path in inputs else None for path in self.inputs]
+        loop, write = self._choose(horizon, stop=stop, exact=exact)
+        call = _Call(self, loop, horizon, inputs, constants, write)
         if self.grad or torch.is_inference_mode_enabled() or self.compiler is not None:
-            return self._collect(source, run, horizon, inputs, start, constants, feed, write)
+            return call.run(feed)
         # Nothing here wants gradients: skip autograd's layer of the dispatcher altogether.
         with torch._C._AutoDispatchBelowAutograd():
-            return self._collect(source, run, horizon, inputs, start, constants, feed, write)
+            return call.run(feed)
 
-    def _collect(
-        self, source: LoopSource, run: Callable[..., Any], horizon: int, inputs: Tensors,
-        start: list[torch.Tensor | None], constants: Sequence[torch.Tensor], feed: FeedStep | None,
-        write: bool,
-    ) -> tuple[int, Tensors, list[torch.Tensor]]:  # fmt: skip
-        dim = self.dim
-        stacked: dict[int, torch.Tensor] = {}
-        if write:
-            for index in source.collected:
-                shape, dtype, device = self.graph.metas[index]
-                size = [*shape[:dim], horizon, *shape[dim:]]
-                stacked[index] = torch.empty(size, dtype=dtype, device=device)
-            sinks: list[Any] = [stacked[i].unbind(dim) for i in source.collected]
-        else:
-            lists: list[list[torch.Tensor]] = [[] for _ in source.collected]
-            sinks = [steps.append for steps in lists]
-        with annotate("fastwm.loop"):
-            steps, fixed_values, checks = run(horizon, start, constants, feed, sinks)
-        if write and steps < horizon:
-            stacked = {i: t.narrow(dim, 0, steps).clone() for i, t in stacked.items()}
-        each = None if write else dict(zip(source.collected, lists, strict=True))
-        fixed = dict(zip(source.fixed, fixed_values, strict=True))
-        with annotate("fastwm.stack"):
-            return steps, self._results(source, inputs, steps, each, stacked, fixed), checks
 
-    def _results(
-        self, source: LoopSource, inputs: Tensors, steps: int, each: Steps | None,
-        stacked: dict[int, torch.Tensor], fixed: dict[int, torch.Tensor],
-    ) -> Tensors:  # fmt: skip
-        """Give every output its own memory: stack, shift by one step, or repeat."""
-        dim = self.dim
-        graph = self.graph
-        by_input = {v.index: path for path, v in graph.inputs.items()}
-        results: dict[Any, torch.Tensor] = {}
-        taken: set[int] = set()
-        canonical = source.canonical
-        for key in self.outputs:
-            value = graph.outputs[key]
-            path = by_input.get(value.index)
-            if path is not None and path in self.carried:
-                later = canonical(graph.outputs[self.carried[path]])
-                results[key[1]] = self._shifted(later, inputs[path], steps, each, stacked, fixed)
-                continue
-            index = canonical(value)
-            if index in fixed:
-                results[key[1]] = _repeat(fixed[index], steps, dim)
-            elif each is not None:
-                results[key[1]] = torch.stack(each[index], dim)
+@dataclass
+class _Loop:
+    """A generated loop, compiled."""
+
+    source: LoopSource
+    run: Callable[..., Any]
+    after: Callable[..., Any] | None
+
+    def widest(self, size: Callable[[int], int]) -> int:
+        """Bytes per step of the largest tensor that was put off; with nothing put off, too many."""
+        return max(map(size, self.source.put_off), default=1 << 62)
+
+
+class _Call:
+    """One run of a loop: collects what the steps give and gives every output its own memory."""
+
+    def __init__(
+        self, owner: CapturedLoop, loop: _Loop, horizon: int, inputs: Tensors,
+        constants: Sequence[torch.Tensor], write: bool,
+    ) -> None:  # fmt: skip
+        self.owner = owner
+        self.loop = loop
+        self.horizon = horizon
+        self.inputs = inputs
+        self.constants = constants
+        self.write = write
+        self.dim = owner.dim
+        self.each: Steps = {}  # a value at every step, where steps are collected
+        self.stacked: dict[int, torch.Tensor] = {}  # the same, stacked
+        self.fixed: dict[int, torch.Tensor] = {}
+
+    def run(self, feed: FeedStep | None) -> tuple[int, Tensors, list[torch.Tensor]]:
+        source, dim, metas = self.loop.source, self.dim, self.owner.graph.metas
+        sinks: list[Any] = []
+        for index in source.collected:
+            if self.write:
+                shape, dtype, device = metas[index]
+                size = [*shape[:dim], self.horizon, *shape[dim:]]
+                self.stacked[index] = torch.empty(size, dtype=dtype, device=device)
+                sinks.append(self.stacked[index].unbind(dim))
             else:
-                # The first to ask gets the buffer itself, any other a copy.
-                results[key[1]] = stacked[index] if index not in taken else stacked[index].clone()
+                self.each[index] = []
+                sinks.append(self.each[index].append)
+        start = [self.inputs.get(path) for path in self.owner.inputs]
+        with annotate("fastwm.loop"):
+            self.steps, fixed, checks = self.loop.run(
+                self.horizon, start, self.constants, feed, sinks
+            )
+        if self.write and self.steps < self.horizon:
+            cut = {i: t.narrow(dim, 0, self.steps).clone() for i, t in self.stacked.items()}
+            self.stacked = cut
+        self.fixed = dict(zip(source.fixed, fixed, strict=True))
+        if self.loop.after is not None:
+            with annotate("fastwm.after"):
+                self._run_after(start)
+        with annotate("fastwm.stack"):
+            return self.steps, self._results(), checks
+
+    def _run_after(self, start: list[torch.Tensor | None]) -> None:
+        """Do what was put off, for all steps at once."""
+        graph, source = self.owner.graph, self.loop.source
+        paths = {graph.inputs[path].index: path for path in self.owner.carried}
+        rows = []
+        for index in source.rows:
+            if index in paths:
+                value = self._shifted(paths[index])
+            else:
+                value = self.stacked[index] = torch.stack(self.each[index], 1)
+            rows.append(value.flatten(0, 1))
+        assert self.loop.after is not None
+        for index, value in zip(
+            source.after, self.loop.after(start, self.constants, rows), strict=True
+        ):
+            self.stacked[index] = value.unflatten(0, (-1, self.steps))
+
+    def _results(self) -> Tensors:
+        graph, canonical = self.owner.graph, self.loop.source.canonical
+        carried = {graph.inputs[path].index: path for path in self.owner.carried}
+        results: Tensors = {}
+        taken: set[int] = set()
+        for key in self.owner.outputs:
+            value = graph.outputs[key]
+            index = canonical(value)
+            if value.index in carried:
+                results[key[1]] = self._shifted(carried[value.index])
+            elif index in self.fixed:
+                results[key[1]] = _repeat(self.fixed[index], self.steps, self.dim)
+            elif index in self.stacked:
+                # The first to ask gets the stack itself, any other a copy.
+                stack = self.stacked[index]
+                results[key[1]] = stack.clone() if index in taken else stack.contiguous()
                 taken.add(index)
+            else:
+                results[key[1]] = torch.stack(self.each[index], self.dim)
         return results
 
-    def _shifted(
-        self, index: int, start: torch.Tensor, steps: int, each: Steps | None,
-        stacked: dict[int, torch.Tensor], fixed: dict[int, torch.Tensor],
-    ) -> torch.Tensor:  # fmt: skip
+    def _shifted(self, path: Any) -> torch.Tensor:
         """What a carried input was at each step: the start, then the steps' own results but the last."""
-        dim = self.dim
-        if index in fixed:
-            later = [fixed[index]] * (steps - 1)
-            return torch.stack([start, *later], dim)
-        if each is not None:
-            return torch.stack([start, *each[index][: steps - 1]], dim)
+        owner, dim, steps = self.owner, self.dim, self.steps
+        index = self.loop.source.canonical(owner.graph.outputs[owner.carried[path]])
+        start = self.inputs[path]
+        if index in self.fixed:
+            return torch.stack([start, *[self.fixed[index]] * (steps - 1)], dim)
+        if index in self.each:
+            return torch.stack([start, *self.each[index][: steps - 1]], dim)
         shape = list(start.shape)
         out = start.new_empty([*shape[:dim], steps, *shape[dim:]])
         out.select(dim, 0).copy_(start)
         if steps > 1:
-            out.narrow(dim, 1, steps - 1).copy_(stacked[index].narrow(dim, 0, steps - 1))
+            out.narrow(dim, 1, steps - 1).copy_(self.stacked[index].narrow(dim, 0, steps - 1))
         return out
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastwm.engines.defer import split
 from fastwm.step_graph import Meta, Op, StepGraph, Value
 
 __all__ = ["LoopSource", "binding", "loop_source", "step_varying"]
@@ -81,8 +82,9 @@ Compiler = Callable[[list[Op], list[int], list[int], Callable[[Value], int]], Ca
 class LoopSource:
     """Source of ``run(horizon, inputs, constants, feed, sinks)`` and what it binds.
 
-    ``run`` returns ``(steps run, fixed values, checks)``. ``inputs`` and ``constants`` are in the graph's
-    order; ``feed()`` gives this step's fed inputs; ``sinks`` collect the values of :attr:`collected`.
+    Where part of the step was put off, also of ``after(inputs, constants, rows)``. ``run`` returns
+    ``(steps run, fixed values, checks)``. ``inputs`` and ``constants`` are in the graph's order;
+    ``feed()`` gives this step's fed inputs; ``sinks`` collect the values of :attr:`collected`.
     """
 
     text: str
@@ -90,11 +92,15 @@ class LoopSource:
     collected: list[int]
     fixed: list[int]
     canonical: Callable[[Value], int]
+    rows: list[int]  # values of every step that ``after`` takes, as [batch * time, features]
+    after: list[int]  # values that it returns
+    put_off: list[int]  # values that it computes
 
-    def compile(self) -> Callable[..., tuple[int, tuple, list]]:
+    def compile(self) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+        """``run``, and ``after`` or None."""
         scope = dict(self.scope)
         exec(compile(self.text, "<fastwm loop>", "exec"), scope)
-        return scope["run"]
+        return scope["run"], scope.get("after")
 
 
 def loop_source(
@@ -107,6 +113,7 @@ def loop_source(
     grad: bool,
     write: bool,
     exact: bool = False,
+    defer: bool = False,
     compiler: Compiler | None = None,
 ) -> LoopSource:
     """Write the loop.
@@ -120,6 +127,7 @@ def loop_source(
         grad: keep autograd semantics (no in-place shortcuts, ``detach`` stays).
         write: sinks are ``[horizon]`` lists of destination views to copy into, else list appenders.
         exact: bind every op to its overload itself, the slow and certain way.
+        defer: put off what feeds no later step; see :mod:`fastwm.engines.defer`.
         compiler: turns the body into one function, e.g. through Inductor.
     """
     ops, alias = _without_identities(graph, grad)
@@ -185,20 +193,38 @@ def loop_source(
     before = [op for op in before if not op.mutates and not op.draws]
     body = [op for op in ops if not any(op is b for b in before)]
 
-    collected = list(dict.fromkeys(
-        root(graph.outputs[k]) for k in outputs if graph.outputs[k].index in varying
+    later: list[Op] = []
+    if defer:
+        # A carried entry that the step itself never reads (a flag of the last step) may wait, too.
+        reads = {root(v) for op in body for v in op.inputs()}
+        state = [graph.outputs[o] for k, o in carried.items() if graph.inputs[k].index in reads]
+        flagged = [graph.outputs[k] for k in stop_on]
+        needed = [root(v) for v in (*state, *flagged, *graph.checks)]
+        body, later = split(body, graph, root, varying, needed)
+    put_off = {o.index for op in later for o in op.outputs if o is not None}
+    rows = list(dict.fromkeys(
+        root(v) for op in later for v in op.inputs() if v.index in varying and root(v) not in put_off
     ))  # fmt: skip
+    from_carried = {graph.inputs[k].index for k in carried}
+    collected = list(dict.fromkeys(
+        [root(graph.outputs[k]) for k in outputs if graph.outputs[k].index in varying]
+        + [i for i in rows if i not in from_carried]
+    ))  # fmt: skip
+    after = [i for i in collected if i in put_off]
+    collected = [i for i in collected if i not in put_off]
     fixed = list(dict.fromkeys(
         root(graph.outputs[k]) for k in outputs if graph.outputs[k].index not in varying
     ))  # fmt: skip
 
-    text = ["def run(horizon, inputs, constants, feed, sinks):"]
+    unpack = []
     if graph.inputs:
-        text.append(f"    {''.join(f'v{v.index}, ' for v in graph.inputs.values())} = inputs")
+        unpack.append(f"    {''.join(f'v{v.index}, ' for v in graph.inputs.values())} = inputs")
     if graph.constants:
-        text.append(f"    {''.join(f'v{v.index}, ' for v, _ in graph.constants)} = constants")
-    text.append("    checks = []")
-    text += [f"    {line(op)}" for op in before]
+        unpack.append(f"    {''.join(f'v{v.index}, ' for v, _ in graph.constants)} = constants")
+    needs = {root(v) for op in body for v in op.inputs()} | set(fixed)
+    needs |= {root(graph.outputs[k]) for k in (*stop_on, *carried.values())} - put_off
+    text = ["def run(horizon, inputs, constants, feed, sinks):", *unpack, "    checks = []"]
+    text += [f"    {line(op)}" for op in _only_for(before, needs, root)]
     last: dict[int, list[int]] = {}
     if not grad and compiler is None:
         # Freed at once, a temporary's memory is still in cache when the next op asks for some.
@@ -257,7 +283,26 @@ def loop_source(
             f"{indent}{', '.join(f'v{i}' for i in left)} = {', '.join(f'v{i}' for i in right)}"
         )
     text.append(f"    return step + 1, ({''.join(f'v{i}, ' for i in fixed)}), checks")
-    return LoopSource("\n".join(text) + "\n", scope, collected, fixed, root)
+    if later:
+        needs = {root(v) for op in later for v in op.inputs()}
+        text += ["", "def after(inputs, constants, rows):", *unpack]
+        text += [f"    {line(op)}" for op in _only_for(before, needs, root)]
+        text.append(f"    {''.join(f'v{i}, ' for i in rows)} = rows")
+        text += [f"    {line(op)}" for op in later]
+        text.append(f"    return ({''.join(f'v{i}, ' for i in after)})")
+    return LoopSource(
+        "\n".join(text) + "\n", scope, collected, fixed, root, rows, after, sorted(put_off)
+    )
+
+
+def _only_for(before: list[Op], needs: set[int], root: Callable[[Value], int]) -> list[Op]:
+    """Of the ops ahead of the loop, those that lead to a needed value."""
+    wanted, kept = set(needs), []
+    for op in reversed(before):
+        if any(o is not None and root(o) in wanted for o in op.outputs):
+            kept.append(op)
+            wanted.update(root(v) for v in op.inputs())
+    return kept[::-1]
 
 
 def _without_identities(graph: StepGraph, grad: bool) -> tuple[list[Op], dict[int, int]]:
@@ -269,7 +314,8 @@ def _without_identities(graph: StepGraph, grad: bool) -> tuple[list[Op], dict[in
     for op in graph.ops:
         out = op.outputs[0]
         if op.target in identities and op.single and out is not None:
-            alias[out.index] = op.args[0].index
+            if out.index != op.args[0].index:  # lift_fresh hands back its very input
+                alias[out.index] = op.args[0].index
         else:
             ops.append(op)
     return ops, alias
@@ -304,6 +350,9 @@ def _in_place_ops(graph: StepGraph, ops: list[Op], root: Callable[[Value], int])
             continue
         if owners[graph.storage[source.index]] - {source.index}:
             continue
+        out = op.outputs[0]
+        if out is None or graph.metas[out.index].dtype != graph.metas[source.index].dtype:
+            continue  # exp of integers is floating point
         chosen.add(id(op))
     return chosen
 
