@@ -413,6 +413,17 @@ def test_a_rollout_does_not_write_into_initial_state(each_backend: str) -> None:
     assert (state == before).all()
 
 
+@pytest.mark.parametrize("batch", [(B,), ()])
+def test_a_reset_hands_out_a_copy_of_initial_state(batch: tuple[int, ...]) -> None:
+    state = start(*batch)
+    before = state.clone()
+    env = fastwm.WorldModelEnv(
+        linear_world_model(), spec_env(), batch_size=[B], initial_state=state
+    )
+    env.reset()["latent"].zero_()
+    assert (state == before).all()
+
+
 def test_initial_state_of_another_batch_is_refused() -> None:
     env = fastwm.WorldModelEnv(
         linear_world_model(), spec_env(), batch_size=[B], initial_state=start(B + 1)
@@ -637,12 +648,36 @@ def test_a_flag_without_its_trailing_dim_is_given_one(each_backend: str) -> None
     assert out["next", "reward"][:, 0, 0].tolist() == [1, 2, 3]
 
 
-def test_done_flags_in_the_result_do_not_share_memory() -> None:
-    env = done_env(("done",), ALL)
+@pytest.mark.parametrize("emitted", ["done", "terminated", "truncated"])
+def test_done_flags_in_the_result_do_not_share_memory(emitted: str) -> None:
+    env = done_env((emitted,), ALL)
     td = TensorDict({"latent": torch.zeros(B, 1)}, [B])
     out = env.step(action(env, env.reset(td)))["next"]
-    out["done"].zero_()
-    assert out["terminated"].all()
+    flags = {name: out[name].clone() for name in ALL}
+    for name in ALL:
+        out[name].logical_not_()
+        assert all(torch.equal(out[other], flags[other]) for other in ALL if other != name)
+        out[name].logical_not_()
+
+
+def test_done_is_terminated_or_truncated_row_by_row() -> None:
+    wm = counting_world_model()
+    wm = fastwm.WorldModel(
+        wm.encoder,
+        wm.dynamics,
+        wm.reward_head,
+        done_head=module(
+            lambda z: (z == 1, z == 2),
+            [("next", "latent")],
+            [("next", "terminated"), ("next", "truncated")],
+        ),
+    )
+    env = fastwm.WorldModelEnv(wm, spec_env(done=ALL), batch_size=[B])
+    td = TensorDict({"latent": torch.tensor([[0.0], [1.0], [5.0]])}, [B])
+    out = env.step(action(env, env.reset(td)))["next"]
+    assert out["terminated"][:, 0].tolist() == [True, False, False]
+    assert out["truncated"][:, 0].tolist() == [False, True, False]
+    assert out["done"][:, 0].tolist() == [True, True, False]
 
 
 # ---------------------------------------------------------------- world models of other makes
