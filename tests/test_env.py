@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
-from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.data import Bounded, Composite, LazyTensorStorage, ReplayBuffer, Unbounded
 from torchrl.envs.utils import check_env_specs
 from torchrl.modules import WorldModel as UpstreamWorldModel
 
@@ -203,8 +203,29 @@ def test_a_lazy_encoder_with_initial_state_passes_the_spec_check() -> None:
         batch_size=[B],
         initial_state=lambda shape: TensorDict({"observation": torch.randn(*shape, OBS)}, shape),
     )
+    assert nn.parameter.is_lazy(wm.encoder.module.weight)
     env.reset()
     check_env_specs(env)
+
+
+def test_probing_initial_state_draws_no_random_numbers() -> None:
+    """The context's shape is known from nowhere else; what follows the construction is as before."""
+    case = make_case("context")
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    env = case.env([B], initial_state=lambda shape: case.start(*shape))
+    assert env.state_spec["goal"].shape == (B, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_initial_state_that_is_not_ready_yet_is_asked_again() -> None:
+    case = make_case("context")
+    buffer = ReplayBuffer(storage=LazyTensorStorage(10))
+    env = case.env([B], initial_state=buffer)  # still empty: no error, no spec
+    assert "goal" not in env.state_spec
+    buffer.extend(case.start(10))
+    assert env.reset()["goal"].shape == (B, 3)
+    assert env.state_spec["goal"].shape == (B, 3)
 
 
 def test_lazy_dynamics_initialise_in_the_first_rollout(each_backend: str) -> None:
@@ -508,8 +529,9 @@ def test_without_a_reward_the_reward_is_zero(each_backend: str) -> None:
         module(nn.Linear(LATENT, 1), [("next", "latent")], [("next", "value")]),
     )
     env = fastwm.WorldModelEnv(wm, spec_env(), batch_size=[B])
-    rollout = env.rollout(3, linear_policy(), tensordict=start(B))
-    assert torch.equal(rollout["next", "reward"], torch.zeros(B, 3, 1))
+    for batch in [(B,), (2, B)]:
+        rollout = env.rollout(3, linear_policy(), tensordict=start(*batch))
+        assert torch.equal(rollout["next", "reward"], torch.zeros(*batch, 3, 1))
 
 
 @pytest.mark.parametrize("batch", BATCHES)
