@@ -266,7 +266,7 @@ def _verify(
     problem = ""
     for exact in (False, True):
         try:
-            with preserved_random_state(env.device):
+            with preserved_random_state(env.device, plan.traced.graph.generators()):
                 _, replayed = plan.loop.run(
                     1, inputs, plan.constants, given, stop=False, exact=exact
                 )

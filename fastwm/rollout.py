@@ -136,13 +136,18 @@ def _run(
         horizon = min(horizon, feed.horizon)
     restarts = not request.stops and env.initial_state is not None
     stop = request.stops or restarts
+    own = [(g, g.get_state()) for g in traced.generators]
     try:
         with annotate("fastwm.replay"):
             steps, values, feed = _replay(env, request, plan, td, start, feed, horizon, stop)
-    except ChecksFailed:
+        if restarts and (steps < horizon or _any_flag(values, traced.flags)):
+            raise NotCapturable("finished rows restart from initial_state")
+    except (ChecksFailed, NotCapturable) as reason:
+        for generator, state in own:
+            generator.set_state(state)
+        if isinstance(reason, NotCapturable):
+            raise
         raise NotCapturable("a distribution's argument validation fails") from None
-    if restarts and (steps < horizon or _any_flag(values, traced.flags)):
-        raise NotCapturable("finished rows restart from initial_state")
     if feed is not None:
         feed.done(steps)
     with annotate("fastwm.assemble"):

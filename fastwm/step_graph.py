@@ -102,6 +102,11 @@ class StepGraph:
     def draws(self) -> bool:
         return any(op.draws for op in self.ops)
 
+    def generators(self) -> list[torch.Generator]:
+        """The random generators, other than the device's own, that ops draw from."""
+        given = (item for op in self.ops for item in (*op.args, *op.kwargs.values()))
+        return list({id(g): g for g in given if isinstance(g, torch.Generator)}.values())
+
     def prune(self) -> None:
         """Drop ops that no output, check or kept in-place write needs."""
         needed = {v.index for v in [*self.outputs.values(), *self.checks]}

@@ -54,6 +54,9 @@ class TracedStep:
     read: list[tuple[Location, torch.Tensor]]
     dim: int
 
+    def __post_init__(self) -> None:
+        self.generators = self.graph.generators()
+
     def constants(self) -> list[torch.Tensor]:
         return [s.fetch() if isinstance(s, Location) else s for s in self.sources]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ _DYNAMIC_SHAPE = torch.Tag.dynamic_output_shape
 _DATA_DEPENDENT = torch.Tag.data_dependent_output
 _RANDOM = torch.Tag.nondeterministic_seeded
 _MAX_OPS = 5000
+one_hot = torch.nn.functional.one_hot
 
 
 class Untraceable(Exception):
@@ -66,6 +67,8 @@ class _NoEscape(TorchFunctionMode):
         if escape is not None:
             self.seen = f"the step uses {escape}, which a trace cannot see"
             raise Untraceable(self.seen)
+        if func is one_hot:
+            return _one_hot(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -184,8 +187,7 @@ class _Recorder(TorchDispatchMode):
         if len(self.ops) >= _MAX_OPS:
             raise Untraceable(f"the step takes more than {_MAX_OPS} ops")
         grad_here = torch.is_grad_enabled()
-        if grad_here and not self.grad:
-            raise Untraceable("the step switches gradients on")
+        # Switched on inside a step that has them off, they end with the stacking of the results.
         detached = self.grad and not grad_here
         if detached and mutated:
             raise Untraceable(f"{func}: in-place write under no_grad")
@@ -351,9 +353,12 @@ def _training_flag(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: d
 
 
 @contextmanager
-def preserved_random_state(device: torch.device | None) -> Iterator[None]:
-    """Leave torch's, numpy's and Python's generators as they were found."""
+def preserved_random_state(
+    device: torch.device | None, own: Iterable[torch.Generator] = ()
+) -> Iterator[None]:
+    """Leave torch's, numpy's and Python's generators, and those given, as they were found."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    owned = [(generator, generator.get_state()) for generator in own]
     cuda = device if device is not None and device.type == "cuda" else None
     cuda_state = None if cuda is None else torch.cuda.get_rng_state(cuda)
     try:
@@ -362,8 +367,20 @@ def preserved_random_state(device: torch.device | None) -> Iterator[None]:
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
+        for generator, state in owned:
+            generator.set_state(state)
         if cuda is not None and cuda_state is not None:
             torch.cuda.set_rng_state(cuda_state, cuda)
+
+
+def _one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+    """``one_hot`` without the look at the largest class that its own code takes on a CPU."""
+    if num_classes <= 0 or tensor.dtype != torch.long:
+        return one_hot(tensor, num_classes)
+    if not torch._is_all_true((tensor >= 0) & (tensor < num_classes)):
+        return one_hot(tensor, num_classes)  # raises
+    classes = torch.arange(num_classes, dtype=torch.long, device=tensor.device)
+    return (tensor.unsqueeze(-1) == classes).to(torch.long)
 
 
 def _python_draws() -> tuple[Any, ...]:

@@ -243,10 +243,10 @@ class _Call:
             elif index in self.fixed:
                 results[key[1]] = _repeat(self.fixed[index], self.steps, self.dim)
             elif index in self.stacked:
-                # The first to ask gets the stack itself, any other a copy.
-                stack = self.stacked[index]
-                results[key[1]] = stack.clone() if index in taken else stack.contiguous()
-                taken.add(index)
+                # The first to ask gets the stack itself, any other, also for a view of it, a copy.
+                stack, memory = self.stacked[index], graph.storage[index]
+                results[key[1]] = stack.clone() if memory in taken else stack.contiguous()
+                taken.add(memory)
             else:
                 results[key[1]] = torch.stack(self.each[index], self.dim)
         return results

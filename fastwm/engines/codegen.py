@@ -54,11 +54,12 @@ def binding(target: Callable[..., Any]) -> Callable[..., Any]:
     return target
 
 
-def step_varying(graph: StepGraph, changing: set[Any]) -> set[int]:
+def step_varying(graph: StepGraph, changing: set[Any], *, grad: bool = False) -> set[int]:
     """Values that can differ from step to step, given the input names that do.
 
     A value is fixed over the horizon when it is computed from fixed ones alone, draws nothing, and lives
-    in memory that no op writes in place.
+    in memory that no op writes in place. With ``grad``, what autocast casts down counts as varying: done once
+    for all steps, its gradients would add up in the lower precision.
     """
     varying = {v.index for key, v in graph.inputs.items() if key in changing}
     written = {graph.storage[m.index] for op in graph.ops for m in op.mutates}
@@ -69,9 +70,17 @@ def step_varying(graph: StepGraph, changing: set[Any]) -> set[int]:
             for v in (*op.inputs(), *op.outputs)
             if v is not None
         )
+        moves = moves or (grad and _casts_down(op, graph))
         if moves:
             varying.update(o.index for o in op.outputs if o is not None)
     return varying
+
+
+def _casts_down(op: Op, graph: StepGraph) -> bool:
+    made = [graph.metas[o.index].dtype for o in op.outputs if o is not None]
+    read = [graph.metas[v.index].dtype for v in op.inputs()]
+    half = (torch.bfloat16, torch.float16)
+    return any(d in half for d in made) and any(d not in half for d in read)
 
 
 # (ops, argument values, result values, value -> canonical value) -> the function of those
@@ -139,7 +148,7 @@ def loop_source(
         return index
 
     changing = set(carried) | set(fed)
-    varying = step_varying(graph, changing)
+    varying = step_varying(graph, changing, grad=grad)
     scope: dict[str, Any] = {}
     bound: dict[Any, str] = {}
 
@@ -238,6 +247,7 @@ def loop_source(
     if collected:
         text.append(f"    {''.join(f's{i}, ' for i in collected)} = sinks")
     text.append("    for step in range(horizon):")
+    top = len(text)
     indent = "        "
     if fed:
         names = "".join(f"v{graph.inputs[k].index}, " for k in fed)
@@ -282,6 +292,8 @@ def loop_source(
         text.append(
             f"{indent}{', '.join(f'v{i}' for i in left)} = {', '.join(f'v{i}' for i in right)}"
         )
+    if len(text) == top:
+        text.append(f"{indent}pass")
     text.append(f"    return step + 1, ({''.join(f'v{i}, ' for i in fixed)}), checks")
     if later:
         needs = {root(v) for op in later for v in op.inputs()}
