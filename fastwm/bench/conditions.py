@@ -17,7 +17,9 @@ import fastwm
 
 __all__ = ["code_hash", "commit", "machine", "versions"]
 
-PACKAGES = ("torch", "torchrl", "tensordict", "numpy", "jax", "jaxlib", "triton")
+# pandas takes part by its absence: tensordict 0.14 looks for it along sys.path at each key that it writes,
+# which is quick only once it is imported.
+PACKAGES = ("torch", "torchrl", "tensordict", "numpy", "jax", "jaxlib", "triton", "pandas")
 PACKAGE = Path(fastwm.__file__).parent
 
 

@@ -73,6 +73,7 @@ def conditions_of(rows: Sequence[Row]) -> str:
         for package in ("python", "torch", "torchrl", "tensordict", "jax")
         if any(r.versions.get(package) for r in rows)
     ]
+    versions.append(f"pandas {distinct(r.versions.get('pandas') for r in rows) or 'not installed'}")
     commits = distinct(f"{(r.commit or 'none')[:9]}{' (changed)' if r.dirty else ''}" for r in rows)
     parts = [
         distinct(r.machine.get("gpu") or r.machine["cpu"] for r in rows),
