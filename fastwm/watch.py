@@ -180,6 +180,10 @@ class Watch:
     def _watch_attributes(self, obj: Any) -> None:
         attributes = getattr(obj, "__dict__", None)
         if isinstance(attributes, dict):
+            if _is_library(type(obj).__module__):
+                # torchrl's MLP and ConvNet keep the iterators that they were built with.
+                left = [v for v in attributes.values() if hasattr(type(v), "__next__")]
+                self._visited.update((id(v), v) for v in left)
             self._watch_dict(attributes)
         if isinstance(obj, torch.nn.Module):
             self.modules.append(obj)
