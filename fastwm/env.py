@@ -19,7 +19,7 @@ from fastwm.backends import check_name
 from fastwm.engines.inductor import inductor
 from fastwm.explain import Explanation, explain
 from fastwm.request import Request
-from fastwm.rollout import own_copy, rollout
+from fastwm.rollout import own_start, rollout
 from fastwm.specs import (
     has_lazy,
     nested_groups,
@@ -295,7 +295,7 @@ class WorldModelEnv(ModelBasedEnvBase):
     def eager_rollout(self, request: Request) -> TensorDictBase:
         """The reference: ``EnvBase.rollout`` itself, on this env."""
         arguments = {f.name: getattr(request, f.name) for f in fields(request)}
-        arguments["tensordict"] = own_copy(request.tensordict)
+        arguments["tensordict"] = own_start(self, request)
         return super().rollout(**arguments)
 
     def explain(

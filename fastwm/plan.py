@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ __all__ = ["Plan", "PlanCache", "Refusal", "cache_of", "plan_for", "zero_done"]
 _KEYS = 64  # kinds of call remembered per env
 _VARIANTS = 8  # states of the modules (train, eval, ...) remembered per kind of call
 _PATIENCE = 16  # plans made in a row without one being used again, before auto stops making them
+_RETRY = 256  # calls after which a step that changes Python state is asked again
 
 
 @dataclass
@@ -35,18 +37,23 @@ class Refusal:
     """Why a kind of call is left to the eager path, for as long as nothing changes.
 
     Attributes:
-        watch: what the verdict rests on; None for one that stands.
+        watch: what the verdict rests on; None where that changes all the time.
         policy: the policy it was reached for.
         reason: what ruled the trace out.
+        tries: without a watch, how many more calls until the step is asked again.
     """
 
     watch: Watch | None
     policy: Any
     reason: str
+    tries: int = _RETRY
 
     def holds(self, request: Request) -> tuple[bool, str | None]:
         """Whether nothing it rests on has changed; else what did."""
-        return _unchanged(self.watch, self.policy, request) if self.watch else (True, None)
+        if self.watch is not None:
+            return _unchanged(self.watch, self.policy, request)
+        self.tries -= 1
+        return self.tries > 0, "it is time to ask again"
 
 
 @dataclass
@@ -99,7 +106,8 @@ class Plan:
 
 def _unchanged(watch: Watch, policy: Any, request: Request) -> tuple[bool, str | None]:
     """``(True, None)``; ``(True, what)`` after a change that a trace survives; ``(False, what)``."""
-    if policy is not request.policy and not same_function(policy, request.policy):
+    own = request.own_policy
+    if policy is not own and not same_function(policy, own):
         return False, "the policy is another function"
     if watch.unchanged():
         return True, None
@@ -119,6 +127,7 @@ class PlanCache:
     traces: int = 0  # how often a step was traced
     state_changes: dict[Any, int] = field(default_factory=dict)
     owner: Any = None
+    lock: Any = field(default_factory=threading.RLock)  # rollouts may come from several threads
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PlanCache, ()  # a copy of an env, or one sent elsewhere, makes its own plans
@@ -162,9 +171,17 @@ def _key(
 
 
 def plan_for(
-    env: WorldModelEnv, request: Request, td: TensorDictBase, feed: Feed | None
+    env: WorldModelEnv,
+    request: Request,
+    td: TensorDictBase,
+    feed: Feed | None,
+    *,
+    patient: bool = False,
 ) -> tuple[Plan, dict[Any, torch.Tensor]]:
     """The plan for this call, made anew where none holds, and the start's leaves.
+
+    Args:
+        patient: make a plan even if plans for this env have not been of use for long.
 
     Raises:
         NotCapturable: with the reason.
@@ -177,6 +194,14 @@ def plan_for(
         if path[0] == "next" or path[-1] in ("_reset", "_step"):
             raise NotCapturable(f"the start holds {path}")
     cache = cache_of(env)
+    with cache.lock:
+        return _plan_for(env, request, td, feed, start, cache, patient), start
+
+
+def _plan_for(
+    env: WorldModelEnv, request: Request, td: TensorDictBase, feed: Feed | None,
+    start: dict[Any, torch.Tensor], cache: PlanCache, patient: bool,
+) -> Plan:  # fmt: skip
     key = _key(env, request, start, td, feed, env.compile_options_key())
     cache.calls += 1
     variants = cache.plans.get(key)
@@ -186,9 +211,9 @@ def plan_for(
             same, what = plan.holds(request)
             if same:
                 cache.unused = 0
-                return _usable(plan), start
+                return _usable(plan)
             cache.last_change = what or ""
-    if cache.unused >= _PATIENCE and cache.calls % _PATIENCE:
+    if not patient and cache.unused >= _PATIENCE and cache.calls % _PATIENCE:
         raise NotCapturable(
             "plans for this env are never used twice: the policy, the model or the kind of input is "
             f"new at every call {'(' + cache.last_change + ')' if cache.last_change else ''}"
@@ -202,7 +227,7 @@ def plan_for(
             cache.plans.popitem(last=False)
     variants.insert(0, plan)
     del variants[_VARIANTS:]
-    return _usable(plan), start
+    return _usable(plan)
 
 
 def _usable(plan: Plan | Refusal) -> Plan:
@@ -226,7 +251,7 @@ def _make(
             traced.graph, traced.carried, traced.fed, traced.flags, traced.dim,
             grad=wants, compiler=env.step_compiler(),
         )  # fmt: skip
-        plan = Plan(traced, loop, request.policy)
+        plan = Plan(traced, loop, request.own_policy)
         _verify(env, plan, td, feed, results)
         plan.graphed = graphed_loop(loop, next(iter(results.values())).device)
         return plan
@@ -238,12 +263,12 @@ def _make(
                 del cache.state_changes[next(iter(cache.state_changes))]
             cache.state_changes[key] = times
             raise
-        return Refusal(None, request.policy, str(reason))
+        return Refusal(None, request.own_policy, str(reason))
     except NotCapturable as reason:
         # Remember the refusal, with what it rests on, so as not to trace again at each call.
         try:
             original = None if feed is not None else request.policy
-            return Refusal(watch_step(env, None, original), request.policy, str(reason))
+            return Refusal(watch_step(env, None, original), request.own_policy, str(reason))
         except Exception:  # too large to watch, or not to be looked at
             cache.last_change = str(reason)
             raise reason from None

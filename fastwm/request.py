@@ -128,10 +128,16 @@ class Request:
             return _random_actions(env, batch_size)
         return None
 
+    @property
+    def own_policy(self) -> Any:
+        """The policy that computes actions inside the step; None where they are fed from outside."""
+        fed = self.actions is not None or isinstance(self.policy, _SETTERS)
+        return None if fed else self.policy
+
     def policy_key(self) -> Any:
         """Equal for policies that are the same object, or the same code over the same closure."""
-        policy = self.policy
-        if self.actions is not None or policy is None or isinstance(policy, _SETTERS):
+        policy = self.own_policy
+        if policy is None:
             return None
         if isinstance(policy, types.FunctionType):
             cells = tuple(id(c.cell_contents) for c in policy.__closure__ or () if _filled(c))

@@ -38,7 +38,7 @@ def rollout(env: WorldModelEnv, request: Request) -> TensorDictBase:
         raise RuntimeError(f"backend='fused' cannot run this rollout: {NO_FUSED}.")
     if name == "captured":
         try:
-            return captured_rollout(env, request)
+            return captured_rollout(env, request, patient=True)
         except NotCapturable as reason:
             raise RuntimeError(f"backend='captured' cannot run this rollout: {reason}.") from reason
     try:
@@ -60,7 +60,9 @@ def _warn_once(env: WorldModelEnv, reason: str, engine: str = "eager engine") ->
     )
 
 
-def captured_rollout(env: WorldModelEnv, request: Request) -> TensorDictBase:
+def captured_rollout(
+    env: WorldModelEnv, request: Request, *, patient: bool = False
+) -> TensorDictBase:
     """The rollout on the captured engine.
 
     Raises:
@@ -71,7 +73,7 @@ def captured_rollout(env: WorldModelEnv, request: Request) -> TensorDictBase:
     random_state = _RandomState(env.device)
     try:
         feed = request.feed(env, td.batch_size)
-        plan, start = plan_for(env, request, td, feed)
+        plan, start = plan_for(env, request, td, feed, patient=patient)
         return _run(env, request, plan, td, start, feed)
     except NotCapturable:
         # The eager path goes on from here: asking initial_state again might give another start.
@@ -106,7 +108,7 @@ class _RandomState:
 
 def start_of(env: WorldModelEnv, request: Request) -> TensorDictBase:
     """The tensordict of the first step, as ``EnvBase.rollout`` gets it."""
-    given = own_copy(request.tensordict)
+    given = own_start(env, request)
     if not request.auto_reset:
         return env.maybe_reset(given)
     if given is not None and request.set_state is not False and env.starts_plainly(given):
@@ -117,12 +119,21 @@ def start_of(env: WorldModelEnv, request: Request) -> TensorDictBase:
     return env.reset(given, set_state=request.set_state)
 
 
-def own_copy(start: TensorDictBase | None) -> TensorDictBase | None:
-    """The caller's start, ours to write into, without what another step left under ``"next"``."""
-    if start is None:
+def own_start(env: WorldModelEnv, request: Request) -> TensorDictBase | None:
+    """The caller's start, ours to write into, without what another step left under ``"next"``.
+
+    Where no reset will do it, flags that are not there are cleared: otherwise the first step alone would
+    lack them, and the steps would not stack.
+    """
+    if request.tensordict is None:
         return None
-    start = start.copy()
+    start = request.tensordict.copy()
     start.pop("next", None)
+    if not request.auto_reset:
+        env._assert_tensordict_shape(start)
+        for key, value in zero_done(env, start.batch_size).items():
+            if start.get(key, None) is None:
+                start.set(key, value.clone())
     return start
 
 
