@@ -106,10 +106,14 @@ def _run(seed: int, out: Path, threads: int, quick: bool) -> int:
 
     with _part(record, "4. The same imagination on torchrl's classes and on fastwm's engines"):
         races = []
+        latents = world_model.encode(_transitions(data))["latent"]
         for batch in tqdm(settings.batches, desc="parity", unit="size"):
-            seen = world_model.encode(buffer.sample(batch).select("observation"))["latent"]
-            races.append(speed.imagination(world_model, seen, settings))
-        races.append(speed.planning(world_model, seen[:episodes], settings, seed))
+            # From random play: held upright, the reward is zero, and a relative error means nothing.
+            rows = torch.randint(latents.shape[0], (batch,))
+            races.append(speed.imagination(world_model, latents[rows], settings))
+        races.append(
+            speed.planning(world_model, latents[: episodes * steps : steps], settings, seed)
+        )
         record.red = [red for race in races for red in race.red]
         if not record.red:
             print("parity, largest relative error: " + speed.describe_parity(races))
