@@ -170,8 +170,13 @@ class Watch:
             self._classes.append(obj)
             self._enter(obj, obj.items())
         elif isinstance(obj, (np.ndarray, bytearray, array.array)):
-            if memoryview(obj).nbytes > _ARRAY_BYTES:
-                self.unwatchable.append(f"{type(obj).__name__} of {memoryview(obj).nbytes} bytes")
+            size = (
+                obj.nbytes
+                if isinstance(obj, np.ndarray)
+                else len(obj) * getattr(obj, "itemsize", 1)
+            )
+            if size > _ARRAY_BYTES:
+                self.unwatchable.append(f"{type(obj).__name__} of {size} bytes")
             else:
                 self._watch_copy(obj, bytes if isinstance(obj, bytearray) else _to_bytes)
         elif hasattr(type(obj), "__next__") or isinstance(obj, _RANDOM):
@@ -407,10 +412,10 @@ class Watch:
             for var, value in contexts:
                 if var.get(None) is not value:
                     var.set(value)
-            for current, members in zip(self._sets, self._saved_sets, strict=True):
-                if current != members and isinstance(current, set):
+            for current, before in zip(self._sets, self._saved_sets, strict=True):
+                if current != before and isinstance(current, set):
                     current.clear()
-                    current.update(members)
+                    current.update(before)
             for obj, copy, saved in self._copies:
                 if copy(obj) != saved:
                     _put_back(obj, saved)
