@@ -141,7 +141,7 @@ class Watch:
             self._enter(obj.args, enumerate(obj.args))
             self._watch_dict(obj.keywords)
         elif isinstance(obj, torch.jit.ScriptFunction):
-            self.compiled.append(obj.name)
+            self.compiled.append(str(obj.name))
         elif isinstance(obj, weakref.ref):
             self._push(obj())
         elif isinstance(obj, ContextVar):
