@@ -89,7 +89,8 @@ def trace_step(
             traced = _trace_twice(env, policy, feed, start, watch)
         finally:
             # Asking the step must leave no trace: the rollout to come asks it again.
-            same, what = (True, None) if watch.unchanged() else watch.reconcile()
+            changed = not watch.unchanged()
+            same, what = watch.reconcile(tensors=False) if changed else (True, None)
             restore()
         if not same:
             raise StateChanges(f"the step changes Python state: {what}")

@@ -326,7 +326,14 @@ _one_at_a_time = threading.RLock()  # tracing replaces a method of a class that 
 
 
 # Number of the memory behind a tensor. Not Tensor.untyped_storage(): the recorder refuses that one.
-_memory = torch._C._storage_id  # type: ignore[attr-defined]
+_storage_id = torch._C._storage_id  # type: ignore[attr-defined]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    try:
+        return _storage_id(tensor)
+    except NotImplementedError:
+        raise Untraceable(f"a tensor of layout {tensor.layout}") from None
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

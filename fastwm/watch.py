@@ -334,8 +334,11 @@ class Watch:
         except ValueError:  # a closure was emptied
             return False
 
-    def reconcile(self) -> tuple[bool, str | None]:
+    def reconcile(self, *, tensors: bool = True) -> tuple[bool, str | None]:
         """After a change by identity: is it one that a trace does not notice?
+
+        Args:
+            tensors: whether a tensor may give way to another of its kind.
 
         Returns:
             ``(True, None)`` when all that changed are values equal to what they replace and tensors of
@@ -357,6 +360,8 @@ class Watch:
                 if value is saved:
                     continue
                 if isinstance(value, torch.Tensor) and isinstance(saved, torch.Tensor):
+                    if not tensors:
+                        return False, f"a tensor of shape {tuple(saved.shape)} was replaced"
                     if not _same_kind(value, saved):
                         return False, f"a tensor of shape {tuple(saved.shape)} became another kind"
                     replaced = True
