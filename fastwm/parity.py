@@ -27,7 +27,8 @@ class Comparison:
         name: key of the rollout, or ``grad of ...``.
         error: largest ``|engine - eager|`` over the largest ``|eager|`` of that tensor; for flags and
             integers the share of entries that differ.
-        tolerance: the largest ``error`` that passes, from :mod:`fastwm.tolerances`.
+        tolerance: the largest ``error`` that passes: ``rtol + atol / largest |eager|`` of
+            :mod:`fastwm.tolerances`.
         problem: what is wrong besides values (missing, other shape or dtype), else "".
     """
 
@@ -218,7 +219,8 @@ def _compare_one(name: str, want: torch.Tensor | None, got: torch.Tensor | None)
     if not want.is_floating_point():
         return Comparison(name, (got != want).double().mean().item(), 0.0)
     kind = "rollout.gradient" if name.startswith("grad of ") else "rollout"
-    bound = tolerance(kind, want.dtype).rtol
+    allowed = tolerance(kind, want.dtype)
+    bound = allowed.rtol
     nan = want.isnan()
     if not torch.equal(nan, got.isnan()):
         return Comparison(name, 0.0, bound, "NaN at other places")
@@ -229,4 +231,7 @@ def _compare_one(name: str, want: torch.Tensor | None, got: torch.Tensor | None)
         return Comparison(name, 0.0, bound)
     difference = (got[finite].double() - want[finite].double()).abs().max().item()
     scale = want[finite].double().abs().max().item()
-    return Comparison(name, difference / scale if scale else difference, bound)
+    if not scale:
+        return Comparison(name, difference, allowed.atol)
+    # |engine - eager| <= atol + rtol * scale, as a bound on the relative error.
+    return Comparison(name, difference / scale, bound + allowed.atol / scale)
