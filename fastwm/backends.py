@@ -9,7 +9,8 @@ __all__ = ["BACKENDS", "backend", "check_name", "requested"]
 
 BACKENDS = ("auto", "fused", "captured", "eager")
 
-_override: ContextVar[str | None] = ContextVar("fastwm_backend", default=None)
+# The names of the blocks entered, innermost last.
+_blocks: ContextVar[tuple[str, ...]] = ContextVar("fastwm_backend", default=())
 
 
 def check_name(name: str) -> str:
@@ -42,11 +43,11 @@ class backend:
         self.name = check_name(name)
 
     def __enter__(self) -> backend:
-        self._token = _override.set(self.name)
+        _blocks.set((*_blocks.get(), self.name))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _override.reset(self._token)
+        _blocks.set(_blocks.get()[:-1])
 
 
 def requested(own: str = "auto") -> str:
@@ -55,9 +56,9 @@ def requested(own: str = "auto") -> str:
     Raises:
         ValueError: ``FASTWM_BACKEND`` holds an unknown name.
     """
-    override = _override.get()
-    if override is not None:
-        return override
+    blocks = _blocks.get()
+    if blocks:
+        return blocks[-1]
     if own != "auto":
         return own
     named = os.environ.get("FASTWM_BACKEND")
