@@ -77,19 +77,18 @@ class WorldModelEnv(ModelBasedEnvBase):
         >>> import torch
         >>> from tensordict import TensorDict
         >>> from tensordict.nn import TensorDictModule as Mod
-        >>> from torchrl.envs import PendulumEnv, TransformedEnv, CatTensors
+        >>> from torchrl.envs import GymEnv
         >>> from torchrl.modules import MLP
         >>> import fastwm
-        >>> base_env = TransformedEnv(PendulumEnv(), CatTensors(["th", "thdot"], "observation",
-        ...     del_keys=False, unsqueeze_if_oor=True))
+        >>> base_env = GymEnv("Pendulum-v1")
         >>> world_model = fastwm.WorldModel(
-        ...     Mod(torch.nn.Linear(2, 4), in_keys=["observation"], out_keys=["latent"]),
-        ...     Mod(MLP(5, 4, num_cells=[]), in_keys=["latent", "action"], out_keys=[("next", "latent")]),
+        ...     Mod(torch.nn.Linear(3, 4), in_keys=["observation"], out_keys=["latent"]),
+        ...     Mod(MLP(5, 4, depth=0), in_keys=["latent", "action"], out_keys=[("next", "latent")]),
         ...     Mod(torch.nn.Linear(4, 1), in_keys=[("next", "latent")], out_keys=[("next", "reward")]),
         ... )
         >>> env = fastwm.WorldModelEnv(world_model, base_env, batch_size=[3])
         >>> policy = Mod(torch.nn.Linear(4, 1), in_keys=["latent"], out_keys=["action"])
-        >>> start = TensorDict({"latent": torch.randn(3, 4)}, [3])
+        >>> start = world_model.encode(TensorDict({"observation": torch.randn(3, 3)}, [3]))
         >>> rollout = env.rollout(5, policy, tensordict=start)
         >>> rollout.shape, rollout["next", "reward"].shape
         (torch.Size([3, 5]), torch.Size([3, 5, 1]))
