@@ -17,7 +17,7 @@ from fastwm.engines.codegen import step_varying
 from fastwm.engines.cuda_graph import GraphedLoop, graphed_loop
 from fastwm.nvtx import annotate
 from fastwm.request import Feed, NotCapturable, Request, same_function
-from fastwm.traced_step import StateChanges, TracedStep, trace_step, watch_step
+from fastwm.traced_step import BadCall, StateChanges, TracedStep, trace_step, watch_step
 from fastwm.tracing import preserved_random_state
 from fastwm.watch import Watch
 
@@ -264,6 +264,8 @@ def _make(
             cache.state_changes[key] = times
             raise
         return Refusal(None, request.own_policy, str(reason))
+    except BadCall:
+        raise
     except NotCapturable as reason:
         # Remember the refusal, with what it rests on, so as not to trace again at each call.
         try:

@@ -158,7 +158,9 @@ def _run(
             generator.set_state(state)
         if isinstance(reason, NotCapturable):
             raise
-        raise NotCapturable("a distribution's argument validation fails") from None
+        raise NotCapturable(
+            "an argument check fails (a distribution's validation, or one_hot's)"
+        ) from None
     if feed is not None:
         feed.done(steps)
     with annotate("fastwm.assemble"):

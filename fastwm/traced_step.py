@@ -12,16 +12,20 @@ from torchrl.modules.tensordict_module.common import _forward_hook_safe_action
 from fastwm.assemble import Template, leaves
 from fastwm.request import Feed, NotCapturable
 from fastwm.step_graph import StepGraph
-from fastwm.tracing import Untraceable, preserved_random_state, trace
+from fastwm.tracing import InvalidArguments, Untraceable, preserved_random_state, trace
 from fastwm.watch import Location, TooLarge, Watch
 
 if TYPE_CHECKING:
     from fastwm.env import WorldModelEnv
 
-__all__ = ["StateChanges", "TracedStep", "trace_step", "watch_step"]
+__all__ = ["BadCall", "StateChanges", "TracedStep", "trace_step", "watch_step"]
 
 Path = tuple[str, ...]
 _MAX_READ = 4096  # elements; compared before every rollout
+
+
+class BadCall(NotCapturable):
+    """The step raises. That may be this call's data, so it is no verdict on the next."""
 
 
 class StateChanges(NotCapturable):
@@ -97,11 +101,13 @@ def trace_step(
         return traced
     except StateChanges:
         raise
+    except InvalidArguments as error:
+        raise BadCall(str(error)) from error
     except Untraceable as error:
         raise NotCapturable(str(error)) from error
     except Exception as error:
         # The eager path will raise the same, at the right place.
-        raise NotCapturable(f"the eager step raises {type(error).__name__}: {error}") from error
+        raise BadCall(f"the eager step raises {type(error).__name__}: {error}") from error
 
 
 def watch_step(env: WorldModelEnv, policy: Any, original: Any) -> Watch:

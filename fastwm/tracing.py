@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastwm.step_graph import Meta, Op, StepGraph, Value
 
-__all__ = ["Untraceable", "preserved_random_state", "trace"]
+__all__ = ["InvalidArguments", "Untraceable", "preserved_random_state", "trace"]
 
 aten = torch.ops.aten
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -33,6 +33,10 @@ one_hot = torch.nn.functional.one_hot
 
 class Untraceable(Exception):
     """The step cannot be written down as a fixed list of ops; the message says why."""
+
+
+class InvalidArguments(Untraceable):
+    """A distribution finds the arguments it is given invalid: a matter of this call's data."""
 
 
 class _NoEscape(TorchFunctionMode):
@@ -247,8 +251,11 @@ class _Recorder(TorchDispatchMode):
                 self.scalar_reads += [self.tensors[i] for i in sources]
             return result
         # Distributions validate their arguments through _is_all_true: kept as a check to be made.
-        checked = result is True or result == 1
-        if checked and len(inputs) == 1 and inputs[0] in self._validations():
+        if len(inputs) == 1 and inputs[0] in self._validations():
+            if not result:
+                raise InvalidArguments(
+                    "an argument check fails (a distribution's validation, or one_hot's)"
+                )
             self.checks.append(inputs[0])
             return result
         raise Untraceable(

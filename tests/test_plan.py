@@ -16,6 +16,7 @@ import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
+from torch.distributions import Normal
 
 import fastwm
 from fastwm import plan as planning
@@ -62,6 +63,35 @@ def test_a_refusal_is_remembered() -> None:
     branches.in_keys.append("latent")  # what the verdict rests on has changed
     why_eager(env, branches, case.start(B))
     assert traces(env) == 2
+
+
+@pytest.mark.filterwarnings("ignore:fastwm")
+@pytest.mark.parametrize("first", ["bad", "good"])
+@pytest.mark.parametrize("fault", ["nan", "index"])
+def test_one_bad_call_is_no_verdict_on_the_next(first: str, fault: str) -> None:
+    """Bad data raises what eager raises, whether or not there is a plan; good data is captured."""
+    case, table = make_case("linear"), nn.Embedding(2, ACTION)
+    env = case.env([B])
+    policies: dict[str, Any] = {
+        "nan": lambda td: td.set(
+            "action", Normal(td["latent"][..., :ACTION], 1.0, validate_args=True).sample()
+        ),
+        "index": lambda td: td.set("action", table((td["latent"].abs() > 1e6).sum(-1))),
+    }
+    errors = {"nan": ValueError, "index": IndexError}
+    good, bad = case.start(B), case.start(B)
+    bad["latent"][:] = torch.nan if fault == "nan" else 1e9
+
+    def fails() -> None:
+        with pytest.raises(errors[fault]):
+            run("auto", env, T, policies[fault], bad)
+
+    if first == "bad":
+        fails()
+    want, _ = run("eager", env, T, policies[fault], good)
+    assert_same(run("captured", env, T, policies[fault], good)[0], want)
+    fails()
+    assert_same(run("captured", env, T, policies[fault], good)[0], want)
 
 
 def test_a_step_that_changes_python_state_is_asked_twice() -> None:

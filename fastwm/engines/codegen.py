@@ -231,6 +231,7 @@ def loop_source(
     if graph.constants:
         unpack.append(f"    {''.join(f'v{v.index}, ' for v, _ in graph.constants)} = constants")
     needs = {root(v) for op in body for v in op.inputs()} | set(fixed)
+    needs |= {root(c) for c in graph.checks}
     needs |= {root(graph.outputs[k]) for k in (*stop_on, *carried.values())} - put_off
     text = ["def run(horizon, inputs, constants, feed, sinks):", *unpack, "    checks = []"]
     text += [f"    {line(op)}" for op in _only_for(before, needs, root)]

@@ -190,6 +190,16 @@ DISTRIBUTIONS: dict[str, Callable[[], ProbabilisticActor]] = {
         ["loc", "scale"],
         return_log_prob=True,
     ),
+    "Normal-validating": lambda: actor(
+        lambda loc, scale: Normal(loc, scale, validate_args=True),
+        ["loc", "scale"],
+        return_log_prob=True,
+    ),
+    "OneHot-validating": lambda: actor(
+        lambda logits: OneHotCategoricalStraightThrough(logits=logits, validate_args=True),
+        ["logits"],
+        return_log_prob=True,
+    ),
     "OneHotCategorical": lambda: actor(OneHotCategorical, ["logits"], return_log_prob=True),
     "OneHotStraightThrough": lambda: actor(OneHotCategoricalStraightThrough, ["logits"]),
     "TanhDelta": lambda: actor(TanhDelta, ["param"]),
