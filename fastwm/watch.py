@@ -84,6 +84,7 @@ class Watch:
         self.compiled: list[str] = []
         self._tied: dict[int, list[Location]] = {}  # tensors found in several places
         self._dicts: list[dict] = []
+        self._keyed: list[dict] = []  # those whose keys may be renamed
         self._empty: list[dict] = []
         self._lists: list[list | deque] = []
         self._classes: list[types.MappingProxyType] = []
@@ -185,11 +186,13 @@ class Watch:
     def _watch_attributes(self, obj: Any) -> None:
         attributes = getattr(obj, "__dict__", None)
         if isinstance(attributes, dict):
-            if _is_library(type(obj).__module__):
+            library = _is_library(type(obj).__module__)
+            if library:
                 # torchrl's MLP and ConvNet keep the iterators that they were built with.
                 left = [v for v in attributes.values() if hasattr(type(v), "__next__")]
                 self._visited.update((id(v), v) for v in left)
-            self._watch_dict(attributes)
+            # A module's attributes are many, and libraries do not rename theirs.
+            self._watch_dict(attributes, keys=not (library and isinstance(obj, torch.nn.Module)))
         if isinstance(obj, torch.nn.Module):
             self.modules.append(obj)
         self._visit(type(obj))
@@ -206,8 +209,10 @@ class Watch:
     def _watch_copy(self, obj: Any, copy: Callable[[Any], Any]) -> None:
         self._copies.append((obj, copy, copy(obj)))
 
-    def _watch_dict(self, mapping: dict) -> None:
+    def _watch_dict(self, mapping: dict, *, keys: bool = True) -> None:
         (self._dicts if mapping else self._empty).append(mapping)
+        if keys and mapping:
+            self._keyed.append(mapping)
         self._enter(mapping, mapping.items())
 
     def _enter(self, holder: Any, items: Iterable[tuple[Any, Any]]) -> None:
@@ -298,7 +303,7 @@ class Watch:
     # -- asking
 
     def _keys(self) -> Iterator[Any]:
-        return chain(chain.from_iterable(self._dicts), chain.from_iterable(self._classes))
+        return chain(chain.from_iterable(self._keyed), chain.from_iterable(self._classes))
 
     def _values(self) -> Iterator[Any]:
         return chain(

@@ -41,6 +41,10 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "attribute": (lambda: Thing(a=1), lambda o: setattr(o, "a", 2)),
     "attribute-added": (lambda: Thing(a=1), lambda o: setattr(o, "b", 2)),
     "attribute-removed": (lambda: Thing(a=1), lambda o: delattr(o, "a")),
+    "attribute-renamed": (
+        lambda: types.SimpleNamespace(a=1),
+        lambda o: o.__dict__.update(b=o.__dict__.pop("a")),
+    ),
     "attribute-of-an-attribute": (lambda: Thing(a=Thing(b=1)), lambda o: setattr(o.a, "b", 2)),
     "list-in-a-tuple": (lambda: Thing(a=([1],)), lambda o: o.a[0].append(2)),
     "dict": (lambda: {"a": 1}, lambda o: o.update(a=2)),
