@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastwm.bench.models import SUITES
 from fastwm.bench.providers import REFERENCE
 from fastwm.bench.rows import MemoryRow, Row, TimeRow, read
 from fastwm.bench.stats import quartiles
@@ -257,7 +258,9 @@ def draw(results: Path) -> list[Path]:
 
     mpl.use("Agg")
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for file in sorted(results.glob("*.jsonl")):
+    # Other records lie beside these, such as the kernels' registers.
+    files = [results / f"{suite}.jsonl" for suite in SUITES]
+    for file in filter(Path.exists, files):
         for row in latest(read(file)):
             groups[_group(row)].append(row)
     written = []

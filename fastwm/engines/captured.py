@@ -22,8 +22,10 @@ FeedStep = Callable[[], Sequence[torch.Tensor]]  # this step's fed inputs
 # tensors never pile up, and the copy is no longer dominated by the cost of a call.
 _WRITE_BYTES = 1 << 18
 # What no later step needs is put off until after the loop while its widest intermediate stays this small:
-# in a core's cache on a CPU; on CUDA, where launches are what is saved, far from filling the memory.
+# in a core's cache on a CPU; on CUDA, where launches are what is saved, far from filling the memory. With
+# gradients every intermediate is kept anyway, and one product for all steps spares adding up their gradients.
 _DEFER_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
+_DEFER_BYTES_GRAD = {"cpu": 1 << 24, "cuda": 1 << 26}
 
 
 class ChecksFailed(Exception):
@@ -95,7 +97,8 @@ class CapturedLoop:
         if self.dim == 1 and self.compiler is None:
             put_off = self._loop(stop=stop, defer=True, exact=exact)
             device = next(iter(self.graph.metas.values())).device.type
-            if horizon * put_off.widest(self._bytes) <= _DEFER_BYTES.get(device, 0):
+            limits = _DEFER_BYTES_GRAD if self.grad else _DEFER_BYTES
+            if horizon * put_off.widest(self._bytes) <= limits.get(device, 0):
                 return put_off, False
         return plain, False
 

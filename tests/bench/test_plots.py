@@ -124,3 +124,8 @@ def test_the_table_is_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
     loaded = replace(row, threads=2, cpu_share=0.9, machine={**MACHINE, "load": 3.5})
     report.show(Outcome(outcome.case, [loaded]), 1, 1, False)
     assert "BUSY MACHINE: its load is 3.5" in capsys.readouterr().out
+
+
+def test_records_of_other_kinds_beside_the_rows_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "kernels_aot.jsonl").write_text('{"kernel": "lambda_return", "registers": 34}\n')
+    assert plots.draw(tmp_path) == []

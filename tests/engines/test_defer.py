@@ -144,16 +144,19 @@ def test_a_batch_as_wide_as_the_features_is_not_mistaken_for_weights():
 )
 def test_both_ways_agree_with_eager(monkeypatch, name, limit, grad):
     monkeypatch.setitem(captured._DEFER_BYTES, "cpu", limit)
+    monkeypatch.setitem(captured._DEFER_BYTES_GRAD, "cpu", limit)
     case = make_case(name)
     with torch.set_grad_enabled(grad):
         report = fastwm.check_parity(case.env([B]), case.policy, case.start(B), T)
     assert report.ok, report
 
 
-def test_a_large_rollout_keeps_its_heads_in_the_loop():
-    loop = loop_of(env_with(nn.Linear(4, 1)), linear_policy(), start())
-    few, _ = loop._choose(T, stop=True, exact=False)
-    many, _ = loop._choose(1 << 20, stop=True, exact=False)
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_large_rollout_keeps_its_heads_in_the_loop(grad):
+    with torch.set_grad_enabled(grad):
+        loop = loop_of(env_with(nn.Linear(4, 1)), linear_policy(), start())
+        few, _ = loop._choose(T, stop=True, exact=False)
+        many, _ = loop._choose(1 << 24, stop=True, exact=False)
     assert few.after is not None
     assert many.after is None
 
