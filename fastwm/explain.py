@@ -71,4 +71,6 @@ def explain(env: WorldModelEnv, request: Request) -> Explanation:
         return Explanation("eager" if asked == "auto" else None, passed, asked)
     device = env.device or torch.device("cpu")
     how = " (one CUDA graph per horizon)" if device.type == "cuda" else ""
+    if plan.uncompiled:
+        passed["captured + Inductor"] = plan.uncompiled
     return Explanation("captured" + how, passed, asked, program, source)

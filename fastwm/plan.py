@@ -32,6 +32,10 @@ _PATIENCE = 16  # plans made in a row without one being used again, before auto 
 _RETRY = 256  # calls after which a step that changes Python state is asked again
 
 
+class CompileFailed(Exception):
+    """``torch.compile`` does not take the step; the loop runs without it."""
+
+
 @dataclass
 class Refusal:
     """Why a kind of call is left to the eager path, for as long as nothing changes.
@@ -66,6 +70,7 @@ class Plan:
         exact: the loop has to bind every op to its very overload.
         constants: parameters, buffers and the like, in the graph's order, and their kinds when bound.
         graphed: the loop behind CUDA graphs, where they apply.
+        uncompiled: why the step is not compiled although that was asked for.
     """
 
     traced: TracedStep
@@ -73,6 +78,7 @@ class Plan:
     policy: Any
     exact: bool = False
     graphed: GraphedLoop | None = None
+    uncompiled: str = ""
     constants: list[torch.Tensor] = field(default_factory=list)
     kinds: list[tuple] = field(default_factory=list)
 
@@ -252,8 +258,16 @@ def _make(
             grad=wants, compiler=env.step_compiler(),
         )  # fmt: skip
         plan = Plan(traced, loop, request.own_policy)
-        _verify(env, plan, td, feed, results)
-        plan.graphed = graphed_loop(loop, next(iter(results.values())).device)
+        stop = request.stops or env.initial_state is not None
+        try:
+            _verify(env, plan, td, feed, results, stop)
+        except CompileFailed as error:
+            plan.uncompiled = f"compiling the step raises {error}"
+            plan.loop = CapturedLoop(
+                traced.graph, traced.carried, traced.fed, traced.flags, traced.dim, grad=wants
+            )
+            _verify(env, plan, td, feed, results, stop)
+        plan.graphed = graphed_loop(plan.loop, next(iter(results.values())).device)
         return plan
     except StateChanges as reason:
         # Once may be a cache that fills itself; a step that does it again is left to the eager path.
@@ -282,6 +296,7 @@ def _verify(
     td: TensorDictBase,
     feed: Feed | None,
     results: dict[Any, torch.Tensor],
+    stop: bool,
 ) -> None:
     """A plan is accepted only once replaying its step gave what the traced step gave."""
     inputs: dict[Any, torch.Tensor] = dict(leaves(td))
@@ -289,7 +304,14 @@ def _verify(
     if feed is not None:
         given = lambda: feed.template  # noqa: E731
     if plan.loop.compiler is not None:
-        return  # rounding differs, and check_parity is there to say by how much
+        # Rounding differs, and check_parity is there to say by how much.
+        try:
+            with preserved_random_state(env.device, plan.traced.graph.generators()):
+                plan.loop.run(1, inputs, plan.constants, given, stop=stop)
+        except Exception as error:
+            text = " ".join(str(error).split())
+            raise CompileFailed(f"{type(error).__name__}: {text[:200]}") from error
+        return
     problem = ""
     for exact in (False, True):
         try:

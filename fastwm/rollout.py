@@ -74,6 +74,8 @@ def captured_rollout(
     try:
         feed = request.feed(env, td.batch_size)
         plan, start = plan_for(env, request, td, feed, patient=patient)
+        if plan.uncompiled:
+            _warn_once(env, plan.uncompiled, "traced loop, not compiled")
         return _run(env, request, plan, td, start, feed)
     except NotCapturable:
         # The eager path goes on from here: asking initial_state again might give another start.

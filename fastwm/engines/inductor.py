@@ -25,7 +25,7 @@ def body_module(
 
     for op in ops:
         args, kwargs = map_values((op.args, op.kwargs), node)
-        out = graph.call_function(op.target, args, kwargs)
+        out = graph.call_function(_callable(op.target), args, kwargs)
         if op.detached and op.single:
             out = graph.call_function(torch.ops.aten.detach.default, (out,))
         if op.single:
@@ -37,6 +37,18 @@ def body_module(
                 nodes[value.index] = graph.call_function(_item, (out, position))
     graph.output(tuple(nodes[i] for i in results))
     return GraphModule(torch.nn.Module(), graph)
+
+
+def _callable(target: Any) -> Callable[..., Any]:
+    """A function of ours for a custom ``autograd.Function``, whose ``apply`` FX cannot name."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target
+    cls = target.__self__
+
+    def apply(*args: Any) -> Any:
+        return cls.apply(*args)
+
+    return apply
 
 
 def _item(sequence: Any, position: int) -> Any:
