@@ -172,7 +172,8 @@ def _key(
         request.policy_key(), kinds, fed, td.batch_size, td.device,
         tuple(td.names) if td._has_names() else None,
         torch.is_grad_enabled(), torch.is_inference_mode_enabled(), interaction_type(),
-        torch.get_default_dtype(), compiled,
+        torch.get_default_dtype(), torch._C._len_torch_function_stack() and torch.get_default_device(),
+        compiled,
     )  # fmt: skip
 
 

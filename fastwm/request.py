@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import unravel_key_list
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torchrl.envs.utils import _make_compatible_policy
 from torchrl.modules.planners import cem, mppi
 
@@ -92,7 +94,12 @@ class Request:
                 raise NotCapturable("autocast is on")
         if torch.compiler.is_compiling():
             raise NotCapturable("inside torch.compile")
-        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        if torch._C._is_tracing():
+            raise NotCapturable("inside torch.jit.trace")
+        modes = torch._C._len_torch_function_stack() and any(
+            type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
+        )  # a default device is one, and known to the plan
+        if torch._C._len_torch_dispatch_stack() or modes:
             raise NotCapturable("a torch dispatch or function mode is active")
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise NotCapturable("inside a torch.func transform")

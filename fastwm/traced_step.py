@@ -240,7 +240,7 @@ def _trace_once(
         }
 
     with preserved_random_state(env.device):
-        graph, _, read = trace(step, inputs, watch.holds)
+        graph, _, read = trace(step, inputs, watch.holds, watch.generators)
     return graph, kept["td"], kept["state"], read
 
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fastwm.step_graph import Meta, Op, StepGraph, Value
 
@@ -77,7 +77,12 @@ class _NoEscape(TorchFunctionMode):
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, locate: Callable[[torch.Tensor], bool], grad: bool) -> None:
+    def __init__(
+        self,
+        locate: Callable[[torch.Tensor], bool],
+        grad: bool,
+        generators: Iterable[torch.Generator],
+    ) -> None:
         super().__init__()
         self.locate = locate
         self.grad = grad
@@ -94,7 +99,7 @@ class _Recorder(TorchDispatchMode):
         self.reads_from: dict[
             int, set[int]
         ] = {}  # constant value -> constants it was computed from
-        self.generators: dict[torch.Generator, torch.Tensor] = {}
+        self.generators = _Generators(generators)
         self.functions: set[type] = set()  # custom autograd.Functions recorded as one op each
         self.inside: _Inside | None = None  # what such a function does while it runs
         self.refusal: Untraceable | None = None
@@ -164,11 +169,12 @@ class _Recorder(TorchDispatchMode):
             raise Untraceable(f"{func}: batch norm in train mode updates its running statistics")
         mutated = self._mutated(func, args, kwargs)
         draws = _RANDOM in func.tags
-        generator = kwargs.get("generator")
-        if generator is not None and generator not in self.generators:
-            self.generators[generator] = generator.get_state()
+        if draws:
+            self.generators.check((*args, *kwargs.values()))
         before = {_memory(t) for t in _tensors((args, kwargs))}
         result = func(*args, **kwargs)
+        if draws:
+            self.generators.keep()
         outputs = result if isinstance(result, (tuple, list)) else (result,)
         refs: list[Value | None] = []
         for out in outputs:
@@ -206,16 +212,21 @@ class _Recorder(TorchDispatchMode):
         if self.inside is not None:
             return apply(*args)
         ref_args = self._refer(args, cls.apply)
+        known = set(self.memory.values())
+        with _disable_current_modes():
+            self.generators.check(())
         self.inside = _Inside()
         try:
             result = apply(*args)
         finally:
             inside, self.inside = self.inside, None
+        with _disable_current_modes():
+            self.generators.keep()
         outputs = result if isinstance(result, tuple) else (result,)
         if not all(isinstance(out, torch.Tensor) for out in outputs):
             raise Untraceable(f"{cls.__name__} returns something else than tensors")
         refs = tuple(self.define(out, varying=True) for out in outputs)
-        self.own_memory.update(self.memory[v.index] for v in refs)
+        self.own_memory.update({self.memory[v.index] for v in refs} - known)
         self.functions.add(cls)
         detached = self.grad and not torch.is_grad_enabled()
         self.ops.append(
@@ -282,6 +293,35 @@ class _Recorder(TorchDispatchMode):
         return mutated
 
 
+class _Generators:
+    """Random generators, which only recorded ops may move: a replay does not seed them again."""
+
+    def __init__(self, own: Iterable[torch.Generator]) -> None:
+        self.all = [torch.default_generator, *own]
+        if torch.cuda.is_initialized():
+            self.all += torch.cuda.default_generators
+        self.known = {g._cdata for g in self.all}
+        self.first = [g.get_state() for g in self.all]
+        self.states = self.first
+
+    def check(self, arguments: Iterable[Any]) -> None:
+        for given in arguments:
+            # Python sees another wrapper of the same generator each time.
+            if isinstance(given, torch.Generator) and given._cdata not in self.known:
+                raise Untraceable("the step draws from a generator that it makes")
+        if not all(
+            torch.equal(g.get_state(), s) for g, s in zip(self.all, self.states, strict=True)
+        ):
+            raise Untraceable("the step seeds a random generator, or puts back its state")
+
+    def keep(self) -> None:
+        self.states = [g.get_state() for g in self.all]
+
+    def restore(self) -> None:
+        for generator, state in zip(self.all, self.first, strict=True):
+            generator.set_state(state)
+
+
 class _Inside:
     """Watches a custom function's ops without recording them."""
 
@@ -320,7 +360,11 @@ def _functions_as_ops(recorder: _Recorder) -> Iterator[None]:
         run = base.__get__(None, cls)
         if threading.get_ident() != recorder.thread:
             return run(*args)
-        return recorder.call_function(cls, run, args)
+        try:
+            return recorder.call_function(cls, run, args)
+        except Untraceable as reason:
+            recorder.refusal = recorder.refusal or reason
+            raise
 
     level.apply = classmethod(apply)
     try:
@@ -407,6 +451,7 @@ def trace(
     step: Callable[[dict[Any, torch.Tensor]], Mapping[Any, torch.Tensor]],
     inputs: dict[Any, torch.Tensor],
     locate: Callable[[torch.Tensor], bool],
+    generators: Iterable[torch.Generator] = (),
 ) -> tuple[StepGraph, Mapping[Any, torch.Tensor], list[torch.Tensor]]:
     """Run ``step(inputs)`` once and return what it is made of.
 
@@ -415,6 +460,7 @@ def trace(
         inputs: what the step is a function of.
         locate: says whether a tensor that is no input can be found again at the next call (a parameter,
             a buffer, an attribute); only such may be read.
+        generators: those besides the devices' own that the step may draw from.
 
     Returns:
         The graph, the step's own results, and the tensors whose values Python looked at.
@@ -422,7 +468,7 @@ def trace(
     Raises:
         Untraceable: with the one op or act that rules the trace out.
     """
-    recorder = _Recorder(locate, torch.is_grad_enabled())
+    recorder = _Recorder(locate, torch.is_grad_enabled(), generators)
     named = {key: recorder.define(tensor, varying=True) for key, tensor in inputs.items()}
     if len({v.index for v in named.values()}) != len(named):
         raise Untraceable("two inputs are one and the same tensor")
@@ -431,9 +477,9 @@ def trace(
     try:
         with _one_at_a_time, _functions_as_ops(recorder), escapes, recorder:
             results = step(inputs)
+        recorder.generators.check(())
     finally:
-        for generator, state in recorder.generators.items():
-            generator.set_state(state)
+        recorder.generators.restore()
     if escapes.seen:
         raise Untraceable(escapes.seen)
     if recorder.refusal is not None:

@@ -82,6 +82,7 @@ class Watch:
         self.modules: list[torch.nn.Module] = []
         self.unwatchable: list[str] = []  # iterators and the like: state that cannot be looked at
         self.compiled: list[str] = []
+        self.generators: list[torch.Generator] = []
         self._tied: dict[int, list[Location]] = {}  # tensors found in several places
         self._dicts: list[dict] = []
         self._keyed: list[dict] = []  # those whose keys may be renamed
@@ -122,7 +123,11 @@ class Watch:
     # -- walking
 
     def _visit(self, obj: Any) -> None:
-        if isinstance(obj, _CONSTANTS) or id(obj) in self._visited:
+        if id(obj) in self._visited:
+            return
+        if isinstance(obj, torch.Generator):
+            self.generators.append(obj)
+        if isinstance(obj, _CONSTANTS):
             return
         self._visited[id(obj)] = obj
         if isinstance(obj, torch.Tensor):

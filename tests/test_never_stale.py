@@ -24,6 +24,7 @@ from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.overrides import TorchFunctionMode
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import set_exploration_type
 
@@ -1019,13 +1020,23 @@ def default_dtype() -> Scene:
 
 @scene
 def default_device() -> Scene:
-    """A default device is a function mode, which the eager path sees at every call."""
     net = Dynamics()
 
     def change() -> None:
         net.cat.linear.weight.data.mul_(2)
 
-    return Scene(net, change, around=lambda: torch.device("cpu"), eager="mode is active")
+    return Scene(net, change, around=lambda: torch.device("cpu"))
+
+
+class Triples(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out * 3 if func is torch.tanh else out
+
+
+@scene
+def function_mode() -> Scene:
+    return Scene(Dynamics(), lambda: None, around=Triples, eager="mode is active")
 
 
 @scene

@@ -17,6 +17,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
 from torch.distributions import Normal
+from torch.overrides import BaseTorchFunctionMode
 
 import fastwm
 from fastwm import plan as planning
@@ -409,6 +410,7 @@ def test_threads_share_an_env() -> None:
         ("vmap", "torch.func"),
         ("grad", "torch.func"),
         ("mode", "mode is active"),
+        ("jit", "inside torch.jit.trace"),
         ("jvp", "forward-mode"),
     ],
 )
@@ -436,8 +438,14 @@ def test_inside_transforms_of_pytorch_the_eager_path_runs(where: str, reason: st
             (expected,) = torch.autograd.grad(rewards(z).sum(), z)
             torch.testing.assert_close(got, expected)
             reasons.pop()
+        elif where == "jit":
+            case.world_model.requires_grad_(False)
+            case.policy.requires_grad_(False)
+            want = rewards(latent)
+            traced = torch.jit.trace(rewards, latent + 1, check_trace=False)
+            torch.testing.assert_close(traced(latent), want)
         elif where == "mode":
-            with torch.device("cpu"):
+            with BaseTorchFunctionMode():
                 torch.testing.assert_close(rewards(latent), want)
         else:
             with torch.autograd.forward_ad.dual_level():

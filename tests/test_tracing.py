@@ -110,6 +110,22 @@ def test_a_custom_function_is_one_op() -> None:
         assert names(traced(lambda t: Own.apply(t) + 1, x)) == ["exp", "mul.Tensor", "add.Tensor"]
 
 
+def test_a_function_that_returns_its_input_does_not_make_it_the_steps_own() -> None:
+    class Same(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad
+
+    x = torch.zeros(2, requires_grad=True)
+    with pytest.raises(Untraceable, match="not the step's own"):
+        traced(lambda t: torch.no_grad()(Same.apply(t).add_)(1), x)
+    assert not x.any()
+
+
 def test_ops_under_no_grad_are_marked() -> None:
     def step(x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -262,6 +278,61 @@ def test_python_may_read_what_no_step_changes() -> None:
     graph, _, read = trace(lambda v: {"y": v["x"] * (scale * 2).item()}, named, lambda t: True)
     assert any(t is scale for t in read)
     assert names(graph) == ["mul.Tensor"]
+
+
+# ---------------------------------------------------------------- random generators
+
+GENERATOR = torch.Generator()
+
+
+def forked(x: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return x + torch.randn_like(x)
+
+
+def same_noise_twice(x: Tensor) -> Tensor:
+    state = torch.get_rng_state()
+    once = torch.randn_like(x)
+    torch.set_rng_state(state)
+    return x + once - torch.randn_like(x)
+
+
+SEEDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "fork": (forked, "seeds a random generator"),
+    "seed": (lambda x: (torch.manual_seed(0), x + torch.randn(2))[1], "seeds a random generator"),
+    "seed-last": (lambda x: (x + 1, torch.manual_seed(0))[0], "seeds a random generator"),
+    "twice": (same_noise_twice, "seeds a random generator"),
+    "own-seed": (
+        lambda x: x + torch.randn(2, generator=GENERATOR.manual_seed(0)),
+        "seeds a random generator",
+    ),
+    "new-generator": (
+        lambda x: x + torch.randn(2, generator=torch.Generator().manual_seed(0)),
+        "a generator that it makes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_a_step_that_seeds_a_generator_is_refused(name: str) -> None:
+    """A replay would draw on where the trace began anew."""
+    step, reason = SEEDS[name]
+    states = torch.get_rng_state(), GENERATOR.get_state()
+    with pytest.raises(Untraceable, match=reason):
+        trace(lambda v: {"y": step(v["x"])}, {"x": torch.randn(2)}, lambda t: True, [GENERATOR])
+    assert torch.equal(GENERATOR.get_state(), states[1])
+
+
+def test_generators_are_put_back_after_a_trace() -> None:
+    state = GENERATOR.get_state()
+    graph, _, _ = trace(
+        lambda v: {"y": v["x"] + torch.randn(2, generator=GENERATOR) + torch.rand(2)},
+        {"x": torch.randn(2)}, lambda t: True, [GENERATOR],
+    )  # fmt: skip
+    assert sum(op.draws for op in graph.ops) == 2
+    assert torch.equal(GENERATOR.get_state(), state)
+    assert len(graph.generators()) == 1
 
 
 # ---------------------------------------------------------------- the env's step
