@@ -61,7 +61,7 @@ def explain(env: WorldModelEnv, request: Request) -> Explanation:
         with preserved_random_state(env.device):
             td = start_of(env, request)
             feed = request.feed(env, td.batch_size)
-            plan, _ = plan_for(env, request, td, feed)
+            plan, _ = plan_for(env, request, td, feed, patient=asked == "captured")
         restarts = not request.stops and env.initial_state is not None
         if restarts and plan.flags_vary():
             raise NotCapturable("finished rows restart from initial_state")

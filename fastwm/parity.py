@@ -120,12 +120,19 @@ def check_parity(
         A :class:`ParityReport`; ``print`` it, or test ``report.ok``.
 
     Raises:
+        TypeError: ``env`` is no WorldModelEnv; one inside a TransformedEnv always runs eagerly.
         Whatever the eager rollout raises.
 
     Example:
         >>> report = fastwm.check_parity(env, policy, start, 15)  # doctest: +SKIP
         >>> assert report.ok, report  # doctest: +SKIP
     """
+    from fastwm.env import WorldModelEnv
+
+    if not isinstance(env, WorldModelEnv):
+        raise TypeError(
+            f"check_parity needs a WorldModelEnv; a {type(env).__name__} runs step by step, without engines."
+        )
     state = _RandomState(env.device)
     try:
         reference = _run("eager", env, policy, tensordict, max_steps, gradients, seed, kwargs)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.nn import composite_lp_aggregate
 from tensordict.nn.probabilistic import interaction_type
+from tensordict.nn.utils import skip_existing
 
 from fastwm.assemble import leaves
 from fastwm.engines.captured import CapturedLoop
@@ -173,7 +176,8 @@ def _key(
         tuple(td.names) if td._has_names() else None,
         torch.is_grad_enabled(), torch.is_inference_mode_enabled(), interaction_type(),
         torch.get_default_dtype(), torch._C._len_torch_function_stack() and torch.get_default_device(),
-        compiled,
+        torch.distributions.Distribution._validate_args, skip_existing(),
+        composite_lp_aggregate(nowarn=True), compiled,
     )  # fmt: skip
 
 
@@ -226,7 +230,7 @@ def _plan_for(
             f"new at every call {'(' + cache.last_change + ')' if cache.last_change else ''}"
         )
     cache.unused += 1
-    with annotate("fastwm.plan"):
+    with annotate("fastwm.plan"), _own_saved_tensors():
         plan = _make(env, request, td, feed, cache, key)
     if variants is None:
         variants = cache.plans[key] = []
@@ -235,6 +239,17 @@ def _plan_for(
     variants.insert(0, plan)
     del variants[_VARIANTS:]
     return _usable(plan)
+
+
+def _own_saved_tensors() -> AbstractContextManager[Any]:
+    """What tracing saves for a backward is none of the caller's, such as a checkpoint that counts it."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _usable(plan: Plan | Refusal) -> Plan:

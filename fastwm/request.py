@@ -41,6 +41,7 @@ class Feed:
         done: told how many steps ran, once they did.
         template: actions of the right kind, to trace with.
         horizon: at most so many steps; None for no limit.
+        draws: ``next`` takes numbers from the random generator.
     """
 
     paths: tuple[tuple[str, ...], ...]
@@ -48,6 +49,7 @@ class Feed:
     template: tuple[torch.Tensor, ...]
     done: Callable[[int], None] = lambda steps: None
     horizon: int | None = None
+    draws: bool = False
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Request:
         ):
             if given:
                 raise NotCapturable(reason)
-        device = env.device.type if env.device is not None else "cpu"
+        device = env.device.type if env.device is not None else "cuda"
         for kind in {device, "cpu"}:
             if torch.is_autocast_enabled(kind):
                 raise NotCapturable("autocast is on")
@@ -195,7 +197,8 @@ def _random_actions(env: WorldModelEnv, batch_size: torch.Size) -> Feed:
         return tuple(action.get(k) for k in keys)
 
     zero = spec.zero(lead)
-    return Feed(paths, draw, tuple(zero.get(k) for k in unravel_key_list(keys)))
+    template = tuple(zero.get(k) for k in unravel_key_list(keys))
+    return Feed(paths, draw, template, draws=True)
 
 
 def _refuse_unbatched(action: torch.Tensor, batch_size: torch.Size) -> None:

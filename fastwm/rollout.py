@@ -181,7 +181,9 @@ def _replay(
     feed: Feed | None, horizon: int, stop: bool,
 ) -> tuple[int, dict, Feed | None]:  # fmt: skip
     inputs = {path: value.contiguous() for path, value in start.items()}
-    if plan.graphed is not None and graphs_apply():
+    # A graph is given all actions ahead of its first step: random ones would be drawn in another order.
+    mixed = feed is not None and feed.draws and (stop or plan.traced.graph.draws)
+    if plan.graphed is not None and graphs_apply() and not mixed:
         before = _RandomState(next(iter(inputs.values())).device)
         try:
             given = None if feed is None else feed.next

@@ -114,8 +114,11 @@ def watch_step(env: WorldModelEnv, policy: Any, original: Any) -> Watch:
     """Everything that one step of ``policy`` and ``env`` can depend on."""
     # Where starts come from is asked anew at each rollout, as is what torchrl's own cache holds.
     opaque = [env.initial_state, env._cache, env.__dict__.get("_plans")]
-    if type(env).__module__.partition(".")[0] == "fastwm":
-        opaque.append(env._world_model)  # its encoder and decoder; the step is in env.world_model
+    libraries = ("fastwm", "torchrl")
+    if all(type(o).__module__.partition(".")[0] in libraries for o in (env, env._world_model)):
+        # Its encoder and decoder; the step is in env.world_model. That of a class of the user's may refer
+        # back to the whole: be a bound method of it, or the very same object.
+        opaque.append(env._world_model)
     return Watch([env, policy, original], [o for o in opaque if o is not None])
 
 

@@ -163,8 +163,10 @@ class _Recorder(TorchDispatchMode):
         varying = any(v.index in self.varying for v in inputs)
         if _DATA_DEPENDENT in func.tags:
             return self._read_scalar(func, args, kwargs, inputs, varying)
-        if _DYNAMIC_SHAPE in func.tags and varying and _shape_depends_on_data(func, args):
-            raise Untraceable(f"{func}: the shape of its result depends on data")
+        if _DYNAMIC_SHAPE in func.tags and _shape_depends_on_data(func, args):
+            if varying:
+                raise Untraceable(f"{func}: the shape of its result depends on data")
+            self._read(inputs)  # Python sees the shape
         if "batch_norm" in func.name() and _training_flag(func, args, kwargs):
             raise Untraceable(f"{func}: batch norm in train mode updates its running statistics")
         mutated = self._mutated(func, args, kwargs)
@@ -257,9 +259,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **kwargs)
         if not varying:
-            for value in inputs:
-                sources = self.reads_from.get(value.index, set())
-                self.scalar_reads += [self.tensors[i] for i in sources]
+            self._read(inputs)
             return result
         # Distributions validate their arguments through _is_all_true: kept as a check to be made.
         if len(inputs) == 1 and inputs[0] in self._validations():
@@ -272,6 +272,10 @@ class _Recorder(TorchDispatchMode):
         raise Untraceable(
             f"{func}: Python reads a value that the step computes (.item(), if, float(), ...)"
         )
+
+    def _read(self, inputs: list[Value]) -> None:
+        for value in inputs:
+            self.scalar_reads += [self.tensors[i] for i in self.reads_from.get(value.index, set())]
 
     def _validations(self) -> set[Value | None]:
         return {o for op in self.ops if op.target is aten._is_all_true.default for o in op.outputs}

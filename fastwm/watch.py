@@ -9,9 +9,12 @@ C-level passes over flat lists, since it is asked before every rollout.
 from __future__ import annotations
 
 import array
+import ctypes
 import functools
 import io
 import logging
+import mmap
+import os
 import random
 import sys
 import types
@@ -31,6 +34,8 @@ __all__ = ["Location", "TooLarge", "Watch"]
 _LIMIT = 20_000  # watched entries; beyond that looking would cost more than it saves
 _ARRAY_BYTES = 1 << 16  # arrays are compared by content
 _RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
+# Memory that others may write, such as that of a multiprocessing.Value.
+_RAW = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure, ctypes.Union, memoryview, mmap.mmap)
 _CONSTANTS = (
     bool, int, float, complex, str, bytes, range, slice, np.generic, type(None), type(Ellipsis),
     types.BuiltinFunctionType, types.CodeType, torch.dtype, torch.device, torch.Size, torch.layout,
@@ -114,6 +119,8 @@ class Watch:
         self._push = queue.append
         while queue:
             self._visit(queue.popleft())
+        if self._named & {"environ", "getenv"}:
+            self._watch_dict(os.environ._data)  # type: ignore[attr-defined]
         del self._push, self._waiting, self._scanned
         self._slot_objects = [o for o, _ in self._slots]
         self._slot_names = [n for _, n in self._slots]
@@ -135,8 +142,15 @@ class Watch:
                 self._watch_dict(obj.__dict__)
         elif isinstance(obj, type):
             self._watch_class(obj)
-        elif isinstance(obj, (types.ModuleType, *_OPAQUE)):
-            return  # of a module, only what is named is watched
+        elif isinstance(obj, types.ModuleType):
+            # Held as an attribute or in a closure; of one that is a global, only what is named is watched.
+            if not _is_library(obj.__name__):
+                scope = {k: v for k, v in vars(obj).items() if not k.startswith("__")}
+                self._scopes += [vars(obj)] * len(scope)
+                self._names += scope
+                self._enter(vars(obj), scope.items())
+        elif isinstance(obj, _OPAQUE):
+            return
         elif isinstance(obj, types.FunctionType):
             self._watch_function(obj)
         elif isinstance(obj, types.MethodType):
@@ -185,7 +199,7 @@ class Watch:
                 self.unwatchable.append(f"{type(obj).__name__} of {size} bytes")
             else:
                 self._watch_copy(obj, bytes if isinstance(obj, bytearray) else _to_bytes)
-        elif hasattr(type(obj), "__next__") or isinstance(obj, _RANDOM):
+        elif hasattr(type(obj), "__next__") or isinstance(obj, (*_RANDOM, *_RAW)):
             self.unwatchable.append(type(obj).__name__)
 
     def _watch_attributes(self, obj: Any) -> None:
