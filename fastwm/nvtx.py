@@ -1,7 +1,7 @@
 """NVTX ranges around trace, plan, capture, replay and assemble, for Nsight Systems.
 
-Off unless the variable ``FASTWM_NVTX`` is 1 and the package nvtx is installed; then nothing is paid but a
-shared do-nothing context.
+Off unless the variable ``FASTWM_NVTX`` is 1 and the package nvtx is installed. While off, nothing is paid
+but a shared do-nothing context.
 """
 
 from __future__ import annotations

@@ -7,5 +7,5 @@
     providers  one entry per way of doing the same rollout; a new engine is one line there
     rows       what is recorded, and its schema; plots and tables are made from rows only
 
-Nothing outside this package imports it.
+Of the rest, only the demo imports it: how to time in turns, compare and name the conditions.
 """
