@@ -173,7 +173,7 @@ def loop_source(
             return repr(item)
         return bind(item, "c")
 
-    in_place = set() if grad else _in_place_ops(graph, ops, root)
+    in_place = set() if grad else _in_place_ops(graph, ops, root, varying)
 
     into: dict[int, int] = {}  # op -> the buffer its result goes to
 
@@ -343,7 +343,9 @@ def _default(op: Op, name: str, given: Any) -> bool:
     return False
 
 
-def _in_place_ops(graph: StepGraph, ops: list[Op], root: Callable[[Value], int]) -> set[int]:
+def _in_place_ops(
+    graph: StepGraph, ops: list[Op], root: Callable[[Value], int], varying: set[int]
+) -> set[int]:
     """Ops that may overwrite their input: a fresh temporary, its memory nobody else's, read last here."""
     owners: dict[int, set[int]] = {}
     for index, memory in graph.storage.items():
@@ -366,6 +368,8 @@ def _in_place_ops(graph: StepGraph, ops: list[Op], root: Callable[[Value], int])
         out = op.outputs[0]
         if out is None or graph.metas[out.index].dtype != graph.metas[source.index].dtype:
             continue  # exp of integers is floating point
+        if out.index in varying and source.index not in varying:
+            continue  # made once for all steps: the next one reads it again
         chosen.add(id(op))
     return chosen
 
