@@ -614,7 +614,7 @@ def test_a_trace_does_not_see_what_other_threads_do() -> None:
         assert done.wait(10)
         return Doubling.apply(y) + 1
 
-    graph = traced(step, torch.randn(2, requires_grad=True))
+    graph = traced(step, torch.randn(2, requires_grad=True), holds=lambda t: False)
     thread.join()
     assert found == [[2.0, 2.0]]
     assert len(graph.ops) == 3

@@ -251,6 +251,7 @@ HEADS: dict[str, Callable[[], Any]] = {
     "row-weights": lambda: lambda x: x * ROWS,
     "row-column": lambda: lambda x: x * ROWS[:, :1],
     "row-slice": lambda: lambda x: torch.cat([x[1:], x[:1]], 0),
+    "first-rows": lambda: lambda x: x[:B] * 2,
     "flip-rows": lambda: lambda x: x.flip(0),
     "cumsum-rows": lambda: lambda x: x.cumsum(0),
     "gram": lambda: lambda x: x @ x.t() @ x,
