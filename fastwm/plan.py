@@ -20,7 +20,7 @@ from fastwm.engines.codegen import step_varying
 from fastwm.engines.cuda_graph import GraphedLoop, graphed_loop
 from fastwm.nvtx import annotate
 from fastwm.request import Feed, NotCapturable, Request, same_function
-from fastwm.traced_step import BadCall, StateChanges, TracedStep, trace_step, watch_step
+from fastwm.traced_step import BadCall, Results, StateChanges, TracedStep, trace_step, watch_step
 from fastwm.tracing import preserved_random_state
 from fastwm.watch import Watch
 
@@ -283,7 +283,7 @@ def _make(
                 traced.graph, traced.carried, traced.fed, traced.flags, traced.dim, grad=wants
             )
             _verify(env, plan, td, feed, results, stop)
-        plan.graphed = graphed_loop(plan.loop, next(iter(results.values())).device)
+        plan.graphed = graphed_loop(plan.loop, next(iter(results[0].values())).device)
         return plan
     except StateChanges as reason:
         # Once may be a cache that fills itself; a step that does it again is left to the eager path.
@@ -311,10 +311,10 @@ def _verify(
     plan: Plan,
     td: TensorDictBase,
     feed: Feed | None,
-    results: dict[Any, torch.Tensor],
+    results: list[Results],
     stop: bool,
 ) -> None:
-    """A plan is accepted only once replaying its step gave what the traced step gave."""
+    """A plan is accepted only once replaying its step gave what the traced steps gave."""
     inputs: dict[Any, torch.Tensor] = dict(leaves(td))
     given = None
     if feed is not None:
@@ -333,7 +333,7 @@ def _verify(
         try:
             with preserved_random_state(env.device, plan.traced.graph.generators()):
                 _, replayed = plan.loop.run(
-                    1, inputs, plan.constants, given, stop=False, exact=exact
+                    len(results), inputs, plan.constants, given, stop=False, exact=exact
                 )
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
@@ -345,16 +345,22 @@ def _verify(
     raise NotCapturable(f"replaying the traced step does not give what the step gave: {problem}")
 
 
-def _difference(
-    replayed: dict[Any, torch.Tensor], results: dict[Any, torch.Tensor], dim: int
-) -> str:
-    for (_, path), value in results.items():
-        got = replayed[path].select(dim, 0)
+def _difference(replayed: dict[Any, torch.Tensor], results: list[Results], dim: int) -> str:
+    steps = [(step, *item) for step, result in enumerate(results) for item in result.items()]
+    for step, (_, path), value in steps:
+        got = replayed[path].select(dim, step)
         if got.shape != value.shape or got.dtype != value.dtype:
             return f"{path}: {got.dtype}{list(got.shape)} for {value.dtype}{list(value.shape)}"
-        wants = value.requires_grad and torch.is_grad_enabled()
-        if got.requires_grad != wants:
+        # One stack of all steps: where one requires gradients, it does.
+        wants = torch.is_grad_enabled() and any(r["td", path].requires_grad for r in results)
+        # Heads put off for two steps hang together, where eagerly the first may need no gradient.
+        if got.requires_grad != wants and (wants or len(results) == 1):
             return f"{path}: requires_grad={got.requires_grad} for {wants}"
-        if not torch.allclose(got.detach(), value.detach(), rtol=1e-6, atol=1e-6, equal_nan=True):
-            return f"{path}: other values"
+        got, value = got.detach(), value.detach()
+        close = 1e-6
+        if step and value.is_floating_point() and value.numel():
+            # Two steps at once are products of another shape, rounded another way: only the gross is wrong.
+            close = 1e-4 * max(1.0, value.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
+        if not torch.allclose(got, value, rtol=1e-6, atol=close, equal_nan=True):
+            return f"{path}: other values at step {step + 1}"
     return ""

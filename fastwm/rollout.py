@@ -15,6 +15,7 @@ from fastwm.engines.cuda_graph import CaptureFailed, graphs_apply
 from fastwm.nvtx import annotate
 from fastwm.plan import Plan, cache_of, plan_for, zero_done
 from fastwm.request import Feed, NotCapturable, Request
+from fastwm.tracing import cuda_device
 
 if TYPE_CHECKING:
     from fastwm.env import WorldModelEnv
@@ -99,7 +100,7 @@ class _RandomState:
 
     def __init__(self, device: torch.device | None) -> None:
         self.cpu = torch.get_rng_state()
-        self.device = device if device is not None and device.type == "cuda" else None
+        self.device = cuda_device(device)
         self.cuda = None if self.device is None else torch.cuda.get_rng_state(self.device)
 
     def restore(self) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["BadCall", "StateChanges", "TracedStep", "trace_step", "watch_step"]
 
 Path = tuple[str, ...]
+Results = dict[Any, torch.Tensor]  # a step's tensordict, as ("td", path) -> tensor
 _MAX_READ = 4096  # elements; compared before every rollout
 
 
@@ -67,11 +68,11 @@ class TracedStep:
 
 def trace_step(
     env: WorldModelEnv, policy: Any, feed: Feed | None, start: TensorDictBase, original: Any
-) -> tuple[TracedStep, dict[Any, torch.Tensor]]:
+) -> tuple[TracedStep, list[Results]]:
     """Trace ``policy`` then ``env.step``, twice: a first step and one that follows it must be the same.
 
     Returns:
-        The traced step, and what it computed from ``start``.
+        The traced step; and what it computed from ``start`` and, unless it draws, from what follows.
 
     Raises:
         NotCapturable: with the one thing that rules it out.
@@ -163,7 +164,7 @@ def _refuse_modules(watch: Watch) -> None:
 
 def _trace_twice(
     env: WorldModelEnv, policy: Any, feed: Feed | None, start: TensorDictBase, watch: Watch
-) -> tuple[TracedStep, dict[Any, torch.Tensor]]:
+) -> tuple[TracedStep, list[Results]]:
     first, td, state, read = _trace_once(env, policy, feed, start, watch)
     second, td2, _, _ = _trace_once(env, policy, feed, state, watch)
     if set(leaves(td)) != set(leaves(td2)):
@@ -207,7 +208,9 @@ def _trace_twice(
         read=_kept(read, watch),
         dim=len(start.batch_size),
     )
-    return step, results
+    # Both steps were traced from the same generator state, so a second draw is not the loop's second.
+    following = {("td", path): value for path, value in leaves(td2).items()}
+    return step, [results] if first.draws else [results, following]
 
 
 def _trace_once(

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from fastwm.step_graph import Meta, Op, StepGraph, Value
 
-__all__ = ["InvalidArguments", "Untraceable", "preserved_random_state", "trace"]
+__all__ = ["InvalidArguments", "Untraceable", "cuda_device", "preserved_random_state", "trace"]
 
 aten = torch.ops.aten
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -304,14 +304,16 @@ class _Generators:
         self.all = [torch.default_generator, *own]
         if torch.cuda.is_initialized():
             self.all += torch.cuda.default_generators
-        self.known = {g._cdata for g in self.all}
+        self.known = {g._cdata for g in self.all}  # type: ignore[attr-defined]
         self.first = [g.get_state() for g in self.all]
         self.states = self.first
 
     def check(self, arguments: Iterable[Any]) -> None:
         for given in arguments:
             # Python sees another wrapper of the same generator each time.
-            if isinstance(given, torch.Generator) and given._cdata not in self.known:
+            if isinstance(given, torch.Generator) and (
+                given._cdata not in self.known  # type: ignore[attr-defined]
+            ):
                 raise Untraceable("the step draws from a generator that it makes")
         if not all(
             torch.equal(g.get_state(), s) for g, s in zip(self.all, self.states, strict=True)
@@ -414,6 +416,17 @@ def _training_flag(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: d
     return False
 
 
+def cuda_device(device: torch.device | None) -> torch.device | None:
+    """The CUDA device whose generator a step on ``device`` may draw from, if any.
+
+    An env without a device leaves that to its tensors: then it is the current one, once CUDA is in use.
+    """
+    if device is None:
+        used = torch.cuda.is_available() and torch.cuda.is_initialized()
+        return torch.device("cuda", torch.cuda.current_device()) if used else None
+    return device if device.type == "cuda" else None
+
+
 @contextmanager
 def preserved_random_state(
     device: torch.device | None, own: Iterable[torch.Generator] = ()
@@ -421,7 +434,7 @@ def preserved_random_state(
     """Leave torch's, numpy's and Python's generators, and those given, as they were found."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     owned = [(generator, generator.get_state()) for generator in own]
-    cuda = device if device is not None and device.type == "cuda" else None
+    cuda = cuda_device(device)
     cuda_state = None if cuda is None else torch.cuda.get_rng_state(cuda)
     try:
         yield

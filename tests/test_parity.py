@@ -107,12 +107,12 @@ def halved_gradient(value: Tensor) -> Tensor:
 
 
 def inject(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Results], Results]) -> None:
-    """Make the captured engine wrong, after its plan was accepted."""
+    """Make the captured engine wrong once its plan, held against fewer steps, was accepted."""
     run = CapturedLoop.run
 
     def faulty(self: Any, horizon: int, *args: Any, **kwargs: Any) -> tuple[int, Results]:
         steps, results = run(self, horizon, *args, **kwargs)
-        return steps, fault(results) if horizon > 1 else results
+        return steps, fault(results) if horizon == T else results
 
     monkeypatch.setattr(CapturedLoop, "run", faulty)
 
