@@ -11,6 +11,7 @@ Where a table says ``[*G, n]``, the op works along the last dim, for each of the
 | unary, see ``UNARY`` | x | parameters by name | shape of x |
 | unary_grad, see ``UNARY_GRAD`` | g, x (``tanh_grad``, ``sigmoid_grad``: g, y) | as the unary's | shape of x |
 | binary, see ``BINARY`` | a, b | | shape of the larger |
+| clamp_min, clamp_max (binary) | a, bound | | as maximum, minimum; at ``a == bound`` the gradient is all a's |
 | where | c, a, b | | shape of the largest |
 | cast | x | kind | x as another kind: to int truncates, to bool is ``!= 0`` |
 | reshape | x | shape | same elements |
@@ -146,6 +147,9 @@ BINARY: dict[str, Callable[..., Tensor]] = {
     "pow": torch.pow,
     "maximum": _tensors(torch.maximum),  # NaN where either is NaN
     "minimum": _tensors(torch.minimum),
+    # torch.clamp: the same values, but at a tie the gradient is a's alone, where maximum splits it in half
+    "clamp_min": _tensors(lambda a, b: torch.clamp(a, min=b)),
+    "clamp_max": _tensors(lambda a, b: torch.clamp(a, max=b)),
     "gt": _float(_tensors(torch.gt)),
     "ge": _float(_tensors(torch.ge)),
     "lt": _float(_tensors(torch.lt)),
