@@ -13,6 +13,8 @@ Where a table says ``[*G, n]``, the op works along the last dim, for each of the
 | binary, see ``BINARY`` | a, b | | shape of the larger |
 | clamp_min, clamp_max (binary) | a, bound | | as maximum, minimum; at ``a == bound`` the gradient is all a's |
 | where | c, a, b | | shape of the largest |
+| fill | | value, shape, kind | the same number everywhere, in every row |
+| row | u uniform | | the uniform as a row value |
 | cast | x | kind | x as another kind: to int truncates, to bool is ``!= 0`` |
 | reshape | x | shape | same elements |
 | index | x | map, shape | ``out[j] = x[map[j]]``, both flat: slice, permute, expand, repeat |
@@ -55,6 +57,20 @@ __all__ = ["BINARY", "REFERENCES", "UNARY", "UNARY_GRAD", "result_type"]
 
 Tensor = torch.Tensor
 
+
+class _SafeTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
+        y = x.tanh().clamp(-limit, limit)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (y,) = ctx.saved_tensors
+        return g * (1 - y * y), None
+
+
 #: name -> (reference, names of its parameters)
 UNARY: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "neg": (torch.neg, ()),
@@ -76,6 +92,8 @@ UNARY: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "cos": (torch.cos, ()),
     "erf": (torch.erf, ()),
     "tanh": (torch.tanh, ()),
+    # tanh kept within [-limit, limit], its gradient that of the tanh: torchrl's own, g * (1 - y * y)
+    "safe_tanh": (lambda x, limit: _SafeTanh.apply(x, limit), ("limit",)),
     "sigmoid": (torch.sigmoid, ()),
     "log_sigmoid": (F.logsigmoid, ()),
     "relu": (torch.relu, ()),
@@ -91,6 +109,7 @@ UNARY: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
         ),
         ("alpha", "scale", "input_scale"),
     ),
+    "detach": (lambda x: x.detach(), ()),  # passes no gradient on
     "not": (lambda x: (x == 0).to(x.dtype), ()),
     "isnan": (lambda x: x.isnan().to(x.dtype), ()),
     "isfinite": (lambda x: x.isfinite().to(x.dtype), ()),
@@ -269,6 +288,16 @@ def result_type(
         count(3)
         kinds = {program.type(a).kind for a in args[1:] if isinstance(a, Val)}
         return elementwise(kinds.pop() if len(kinds) == 1 else "float")
+    if op == "fill":
+        count(0)
+        parameters(("value", "shape", "kind"))
+        return RowType(tuple(attrs["shape"]), attrs["kind"])
+    if op == "row":
+        count(1)
+        arg = args[0]
+        if not isinstance(arg, Val) or arg.index not in uniform:
+            raise fail("operand 0 must be a uniform")
+        return program.type(arg)
     if op == "cast":
         count(1)
         return RowType(row(0).shape, attrs["kind"])
@@ -489,6 +518,9 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     **BINARY,
     **_REDUCE,
     "where": lambda c, a, b: torch.where(c != 0, a, b),
+    # One row; the interpreter spreads it over all.
+    "fill": lambda value, shape, kind: torch.full((1, *shape), float(value)),
+    "row": lambda u: u.unsqueeze(0),
     "cast": _cast,
     "reshape": lambda x, shape: x.reshape(len(x), *shape),
     "index": _index,

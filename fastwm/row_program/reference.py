@@ -67,6 +67,8 @@ def interpret(
             env[item.val.index] = value[:, step] if item.role == "step" else value
         for instr in program.instrs:
             out = REFERENCES[instr.op](*_operands(program, instr, env), **instr.attrs)
+            if instr.op in ("fill", "row"):
+                out = out.to(program.dtype).expand(rows[0], *out.shape[1:])
             if instr.out is None:
                 total = program.sums[instr.attrs["target"]]
                 result.sums[total.name] = result.sums[total.name] + out.reshape(total.shape)
