@@ -482,13 +482,18 @@ def _log_softmax_grad(g: Tensor, y: Tensor) -> Tensor:
     return g - y.exp() * g.sum(-1, keepdim=True)
 
 
+def _flat(x: Tensor) -> Tensor:
+    """``[rows, width]``; ``flatten(1)`` takes no single elements, ``[rows]``."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
+
+
 def _index(x: Tensor, map: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    return x.flatten(1)[:, list(map)].reshape(len(x), *shape)
+    return _flat(x)[:, list(map)].reshape(len(x), *shape)
 
 
 def _index_add(g: Tensor, map: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
     out = g.new_zeros(len(g), math.prod(shape))
-    out = out.index_add(1, torch.tensor(map, dtype=torch.long), g.flatten(1))
+    out = out.index_add(1, torch.tensor(map, dtype=torch.long), _flat(g))
     return out.reshape(len(g), *shape)
 
 
@@ -525,7 +530,7 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     "reshape": lambda x, shape: x.reshape(len(x), *shape),
     "index": _index,
     "index_add": _index_add,
-    "concat": lambda *xs: torch.cat([x.flatten(1) for x in xs], 1),
+    "concat": lambda *xs: torch.cat([_flat(x) for x in xs], 1),
     "softmax": lambda x: x.softmax(-1),
     "log_softmax": lambda x: x.log_softmax(-1),
     "softmax_grad": _softmax_grad,

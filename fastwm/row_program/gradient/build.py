@@ -353,9 +353,11 @@ class Adjoint:
         reached = []
         for name, val in adjoints.items():
             g = self.gradient(inputs[name].val)
-            # Only zero gradients arrived (x ** 0): a zero of the right shape.
+            # If only zero gradients arrived (x ** 0), none is there.
             self.scratch.carries["adjoint", name] = (
-                self.emit("cast", self.emit("lt", val, val), kind="float") if g is None else g
+                self.emit("fill", value=0.0, shape=self.type(val).shape, kind="float")
+                if g is None
+                else g
             )
             if name in wrt:
                 self.scratch.finals.append(("adjoint", name))

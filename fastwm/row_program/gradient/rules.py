@@ -68,6 +68,7 @@ _UNARY: dict[str, Callable[[Builder, Val, Val, Val, dict[str, Any]], Val]] = {
         b.emit("exp", b.emit("neg", b.emit("square", x))),
     ),
     "tanh": lambda b, g, x, y, p: b.emit("tanh_grad", g, y),
+    "safe_tanh": lambda b, g, x, y, p: b.emit("tanh_grad", g, y),
     "sigmoid": lambda b, g, x, y, p: b.emit("sigmoid_grad", g, y),
     # Only the sign counts, and x and y agree in it (for slopes that are not negative).
     "relu": lambda b, g, x, y, p: b.emit("relu_grad", g, b.either(y, x)),
@@ -121,13 +122,13 @@ def _pow(b: Builder, instr: Instr, g: Val) -> None:
                 slope = x if e == 2 else b.emit("pow", x, e - 1)
                 b.give(x, g if e == 1 else b.emit("mul", g, b.emit("mul", slope, e)))
         else:
-            e = _as_row(b, e, x)
+            e = _as_row(b, e)
             slope = b.emit("mul", e, b.emit("pow", x, b.emit("sub", e, 1.0)))
             b.give(x, b.emit("where", b.emit("eq", e, 0.0), 0.0, b.emit("mul", g, slope)))
     if b.wants(instr.args[1]):
         e = instr.args[1]
         if isinstance(x, Val):
-            x = _as_row(b, x, e)
+            x = _as_row(b, x)
             none = b.emit("and", b.emit("eq", x, 0.0), b.emit("ge", e, 0.0))
             slope = b.emit("mul", instr.out, b.emit("log", x))
             b.give(e, b.emit("where", none, 0.0, b.emit("mul", g, slope)))
@@ -138,11 +139,9 @@ def _pow(b: Builder, instr: Instr, g: Val) -> None:
             b.give(e, part if x != 0 else b.emit("where", b.emit("ge", e, 0.0), 0.0, part))
 
 
-def _as_row(b: Builder, arg: Val, other: Arg) -> Val:
-    """A uniform as a row value (unaries take no uniforms); ``other`` is the row value beside it."""
-    if not b.is_uniform(arg):
-        return arg
-    return b.emit("add", b.emit("lt", other, other), arg)  # + 0, whatever other is
+def _as_row(b: Builder, arg: Val) -> Val:
+    """A uniform as a row value: unaries take no uniforms, nor does a binary with a number."""
+    return b.emit("row", arg) if b.is_uniform(arg) else arg
 
 
 def _maximum(b: Builder, instr: Instr, g: Val) -> None:
@@ -174,6 +173,10 @@ def _where(b: Builder, instr: Instr, g: Val) -> None:
 
 def _cast(b: Builder, instr: Instr, g: Val) -> None:
     b.give(instr.args[0], g)  # float to float; the other kinds are never active
+
+
+def _row(b: Builder, instr: Instr, g: Val) -> None:
+    b.give(instr.args[0], g)
 
 
 # ------------------------------------------------------------------ movement
@@ -333,6 +336,7 @@ RULES: dict[str, Rule] = {
     "clamp_max": _clamp,
     "where": _where,
     "cast": _cast,
+    "row": _row,
     "reshape": _reshape,
     "index": _index,
     "index_add": _index_add,
@@ -354,7 +358,7 @@ RULES: dict[str, Rule] = {
 
 #: Steps and choices: the gradient is zero. "detach" is the identity, but for the gradient.
 ZERO = {"sign", "floor", "ceil", "round", "trunc", "detach", "not", "isnan", "isfinite"} | {
-    "gt", "ge", "lt", "le", "eq", "ne", "and", "or", "xor", "argmax", "argmin", "one_hot"
+    "gt", "ge", "lt", "le", "eq", "ne", "and", "or", "xor", "argmax", "argmin", "one_hot", "fill"
 }  # fmt: skip
 
 #: Where it is not every operand.

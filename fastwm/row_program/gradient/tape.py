@@ -18,10 +18,11 @@ __all__ = ["WORTH", "choose", "cost", "recomputed"]
 #: Multiply-adds that saving one float must spare, where the budget is not the limit.
 WORTH = 16.0
 
-_MOVEMENT = {"reshape", "index", "concat", "cast"}
+_MOVEMENT = {"reshape", "index", "concat", "cast", "fill", "row"}
 _DEAR = {
     **dict.fromkeys(("softmax", "log_softmax", "logsumexp"), 20.0),
-    **dict.fromkeys(("exp", "log", "log1p", "expm1", "sin", "cos", "erf", "tanh", "sigmoid"), 12.0),
+    **dict.fromkeys(("exp", "log", "log1p", "expm1", "sin", "cos", "erf", "tanh"), 12.0),
+    **dict.fromkeys(("safe_tanh", "sigmoid"), 12.0),
     **dict.fromkeys(("log_sigmoid", "silu", "mish", "gelu", "gelu_tanh", "softplus", "elu"), 14.0),
     "pow": 14.0,
     "layer_norm": 10.0,
