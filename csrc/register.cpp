@@ -2,6 +2,7 @@
 // exist, and run on their references, where this library does not; here their CPU kernels are added.
 #include "cpu_features.h"
 #include "lambda_return.h"
+#include "row_program.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -15,13 +16,16 @@ int64_t cpu_isa() {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastwm, m) {
   m.def("cpu_isa() -> int");
+  m.def("multiply_add_peak(int repeats) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastwm, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("multiply_add_peak", TORCH_BOX(&fastwm::multiply_add_peak));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastwm, CPU, m) {
   m.impl("lambda_return", TORCH_BOX(&fastwm::lambda_return));
   m.impl("lambda_return_backward", TORCH_BOX(&fastwm::lambda_return_backward));
+  m.impl("row_program", TORCH_BOX(&fastwm::run_row_program));
 }

@@ -1,0 +1,135 @@
+"""Running a row program in C++: the whole horizon in one call."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastwm.ops.row_program import row_program_op
+from fastwm.row_program.encode import encode
+from fastwm.row_program.program import Program
+
+__all__ = ["Executor"]
+
+_DTYPES = {"bool": torch.bool, "int": torch.int64}
+
+
+class Executor:
+    """A row program, encoded, with the room for its packed matrices.
+
+    Matrices are packed when their contents differ from the last call's, so one executor can be called with
+    other weights, or with the same ones after any kind of write.
+
+    Args:
+        program: what to run.
+        time_major: step inputs given as ``[steps, rows, *shape]``.
+        kinds: by output name, what its tensor holds: ``"float"``, ``"bool"`` or ``"int"``.
+        bf16: hold matrices in bfloat16: half the memory to read, products of rounded weights (float32 only).
+        isa: at most this instruction set (0 portable, 1 AVX2, 2 AVX-512); None: the best there is.
+
+    Raises:
+        ProgramError: something that the executor has no code for.
+        RuntimeError: the C++ library is not there.
+
+    Example:
+        >>> import torch
+        >>> from fastwm.row_program import Program
+        >>> from fastwm.row_program.executor import Executor
+        >>> p = Program()
+        >>> x = p.input("x", "carry", (1,))
+        >>> p.carries["x"] = p.outputs["doubled"] = p.emit("add", x, x)
+        >>> Executor(p)({"x": torch.ones(2, 1)}, 2, 3)["doubled"][0, :, 0].tolist()  # doctest: +SKIP
+        [2.0, 4.0, 8.0]
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        time_major: Collection[Any] = (),
+        kinds: Mapping[Any, str] | None = None,
+        bf16: bool = False,
+        isa: int | None = None,
+    ) -> None:
+        self._op = row_program_op()
+        self.program = program
+        self.encoded = encoded = encode(program, time_major=time_major, kinds=kinds)
+        self.inputs = encoded.inputs
+        self.bf16 = bf16
+        self._isa = -1 if isa is None else isa
+        element = torch.bfloat16 if bf16 else program.dtype
+        # The executor tells float64 programs by this tensor's dtype, and its panels by bf16.
+        size = encoded.packed + 32
+        if bf16:
+            if program.dtype is not torch.float32:
+                raise ValueError("bfloat16 weights go with float32 programs")
+            self._packed = torch.empty(size, dtype=element).view(torch.int16)
+        else:
+            self._packed = torch.empty(size, dtype=element)
+        self._prints = torch.zeros(encoded.matrices + 1, dtype=torch.int64)
+        self._lock = threading.Lock()  # packed room is written at the start of a call
+        kinds = dict(kinds or {})
+        self._made: list[tuple[Any, str, tuple[int, ...], torch.dtype]] = []
+        for name in encoded.outputs:
+            type = program.type(program.outputs[name])
+            dtype = _DTYPES.get(kinds.get(name, type.kind), program.dtype)
+            self._made.append((name, "output", type.shape, dtype))
+        for name in encoded.finals:
+            type = program.type(program.inputs[name].val)
+            self._made.append((name, "final", type.shape, program.dtype))
+        for name in encoded.sums:
+            self._made.append((name, "sum", program.sums[name].shape, program.dtype))
+        self.checks = len(program.checks)
+
+    def packed_bytes(self) -> int:
+        """Memory held for packed matrices."""
+        return self._packed.numel() * self._packed.element_size()
+
+    def __call__(
+        self, inputs: Mapping[Any, torch.Tensor], rows: int, steps: int, *, reverse: bool = False
+    ) -> dict[Any, torch.Tensor]:
+        """Run it: see :meth:`run`, with tensors by name."""
+        outputs, _ = self.run([inputs[name] for name in self.inputs], rows, steps, reverse=reverse)
+        return {made[0]: t for made, t in zip(self._made, outputs, strict=True)}
+
+    def run(
+        self,
+        inputs: Sequence[torch.Tensor],
+        rows: int,
+        steps: int,
+        *,
+        reverse: bool = False,
+        outputs: list[torch.Tensor] | None = None,
+    ) -> tuple[list[torch.Tensor], int]:
+        """Run ``steps`` steps.
+
+        Args:
+            inputs: in the order of :attr:`inputs`, contiguous, of the program's dtype (bool and int values as
+                bool and int64). carry and context ``[rows, *shape]``, step ``[rows, steps, *shape]`` (time
+                major: ``[steps, rows, *shape]``), uniforms ``shape``.
+            reverse: from the last step to the first.
+            outputs: to write into, in the order of what is returned; default: fresh ones.
+
+        Returns:
+            Outputs ``[rows, steps, *shape]``, finals ``[rows, *shape]`` and sums; and a number that is not 0
+            if a check failed: bit ``i`` for check ``i``.
+        """
+        if outputs is None:
+            outputs = self.empty(rows, steps)
+        with self._lock:
+            failed = self._op(
+                self.encoded.code, self.encoded.immediates, self.encoded.maps, self._packed, self._prints,
+                list(inputs), outputs, rows, steps, reverse, self.bf16, self._isa,
+            )  # fmt: skip
+        return outputs, failed
+
+    def empty(self, rows: int, steps: int) -> list[torch.Tensor]:
+        """Fresh tensors for the results."""
+        shapes = {"output": (rows, steps), "final": (rows,), "sum": ()}
+        return [
+            torch.empty((*shapes[what], *shape), dtype=dtype)
+            for _, what, shape, dtype in self._made
+        ]
