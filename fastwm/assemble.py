@@ -11,6 +11,7 @@ from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase, is_ten
 __all__ = ["Template", "leaves"]
 
 Path = tuple[str, ...]
+_new = TensorDict.__new__
 
 
 def leaves(tensordict: TensorDictBase) -> dict[Path, torch.Tensor]:
@@ -45,6 +46,7 @@ class Template:
     device: torch.device | None
     names: list[str | None] | None
     entries: dict[str, Template | None] = field(default_factory=dict)
+    _blank: tuple[Any, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def of(cls, tensordict: TensorDictBase) -> Template:
@@ -57,19 +59,33 @@ class Template:
 
     def fill(self, values: dict[Path, Any], steps: int, dim: int, path: Path = ()) -> TensorDict:
         """The TensorDict of ``steps`` steps stacked along ``dim``; ``values`` holds a tensor per path."""
-        source = {
-            key: values[(*path, key)]
-            if node is None
-            else node.fill(values, steps, dim, (*path, key))
-            for key, node in self.entries.items()
+        blank = self._blank
+        if not blank or blank[:3] != (steps, dim, path):
+            blank = self._blank = (steps, dim, path, *self._make_blank(steps, dim, path))
+        *_, state, names, paths = blank
+        out = _new(TensorDict)
+        out.__dict__.update(state)
+        out._tensordict = {
+            key: values[at] if node is None else node.fill(values, steps, dim, at)
+            for key, node, at in paths
         }
+        out._td_dim_names = [*names]
+        return out
+
+    def _make_blank(self, steps: int, dim: int, path: Path) -> tuple[Any, ...]:
+        """What every tensordict of so many steps shares: its attributes, names, and entries with paths.
+
+        The constructor's checks cost more than a whole step at batch 1, and every shape here is known;
+        copying the attributes of one that was made spares what is left of them.
+        """
         size = self.batch_size
         names: list[str | None] = list(self.names) if self.names else [None] * len(size)
         names.insert(dim, "time")
-        # The constructor's checks cost more than a whole step at batch 1; every shape here is known.
-        return TensorDict._new_unsafe(
-            source,
+        blank = TensorDict._new_unsafe(
+            {},
             batch_size=torch.Size([*size[:dim], steps, *size[dim:]]),
             device=self.device,
             names=names,
         )
+        paths = [(key, node, (*path, key)) for key, node in self.entries.items()]
+        return dict(vars(blank)), names, paths

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import composite_lp_aggregate
 from tensordict.nn.probabilistic import interaction_type
 from tensordict.nn.utils import skip_existing
@@ -27,12 +28,14 @@ from fastwm.watch import Watch
 if TYPE_CHECKING:
     from fastwm.env import WorldModelEnv
 
-__all__ = ["Plan", "PlanCache", "Refusal", "cache_of", "plan_for", "zero_done"]
+__all__ = ["Plan", "PlanCache", "Refusal", "cache_of", "plan_for", "recall", "remember",
+           "zero_done"]  # fmt: skip
 
 _KEYS = 64  # kinds of call remembered per env
 _VARIANTS = 8  # states of the modules (train, eval, ...) remembered per kind of call
 _PATIENCE = 16  # plans made in a row without one being used again, before auto stops making them
 _RETRY = 256  # calls after which a step that changes Python state is asked again
+_RECENT = 8  # calls remembered to the letter
 
 
 class CompileFailed(Exception):
@@ -72,6 +75,7 @@ class Plan:
         policy: the policy it was traced for.
         exact: the loop has to bind every op to its very overload.
         constants: parameters, buffers and the like, in the graph's order, and their kinds when bound.
+        draws: the step takes random numbers.
         graphed: the loop behind CUDA graphs, where they apply.
         uncompiled: why the step is not compiled although that was asked for.
     """
@@ -84,10 +88,13 @@ class Plan:
     uncompiled: str = ""
     constants: list[torch.Tensor] = field(default_factory=list)
     kinds: list[tuple] = field(default_factory=list)
+    draws: bool = False
 
     def __post_init__(self) -> None:
         self.constants = self.traced.constants()
         self.kinds = self._kinds()
+        self._guard = _guard(self.constants)
+        self.draws = self.traced.graph.draws
 
     def holds(self, request: Request) -> tuple[bool, str | None]:
         """Whether nothing the trace took for granted has changed; else what did."""
@@ -99,7 +106,7 @@ class Plan:
         for location, value in self.traced.read:
             if not torch.equal(location.fetch(), value):
                 return False, "a tensor whose value Python reads was written"
-        if self._kinds() != self.kinds:
+        if not self._guard(*self.constants) and self._kinds() != self.kinds:
             return False, "a parameter or buffer changed its dtype, shape, device or gradient flag"
         return True, None
 
@@ -111,6 +118,24 @@ class Plan:
 
     def _kinds(self) -> list[tuple]:
         return [(t.dtype, t.requires_grad, t.shape, t.device, t.stride()) for t in self.constants]
+
+
+def _guard(tensors: list[torch.Tensor]) -> Callable[..., bool]:
+    """Whether tensors are certainly of the same kind as these: Dynamo's own check, in one C++ call."""
+    guards: Any = torch._C._dynamo.guards
+    try:
+        guard = guards.TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(t.shape) for t in tensors],
+            dynamic_dims_strides=[list(t.stride()) for t in tensors],
+        ).check
+        return guard if guard(*tensors) else _never
+    except Exception:  # no tensors at all, or another torch
+        return _never
+
+
+def _never(*_: torch.Tensor) -> bool:
+    return False
 
 
 def _unchanged(watch: Watch, policy: Any, request: Request) -> tuple[bool, str | None]:
@@ -125,12 +150,30 @@ def _unchanged(watch: Watch, policy: Any, request: Request) -> tuple[bool, str |
 
 
 @dataclass
+class Recent:
+    """A call whose start needed no reset, and its plan.
+
+    Attributes:
+        kind: see :func:`_kind_of_call`.
+        plan: its plan.
+        key: under which the plan is kept.
+        flags: the done flags that were put into the start.
+    """
+
+    kind: Any
+    plan: Plan
+    key: Any
+    flags: dict[Any, torch.Tensor]
+
+
+@dataclass
 class PlanCache:
     """The plans of one env, least recently used last to go."""
 
     plans: OrderedDict[Any, list[Plan | Refusal]] = field(default_factory=OrderedDict)
     unused: int = 0
     calls: int = 0
+    recent: list[Recent] = field(default_factory=list)  # latest first
     warned: set[str] = field(default_factory=set)
     last_change: str = ""
     traces: int = 0  # how often a step was traced
@@ -174,11 +217,85 @@ def _key(
     return (
         request.policy_key(), kinds, fed, td.batch_size, td.device,
         tuple(td.names) if td._has_names() else None,
+        *_modes(), compiled,
+    )  # fmt: skip
+
+
+def _modes() -> tuple[Any, ...]:
+    """What the process is set to that a step may ask for."""
+    return (
         torch.is_grad_enabled(), torch.is_inference_mode_enabled(), interaction_type(),
         torch.get_default_dtype(), torch._C._len_torch_function_stack() and torch.get_default_device(),
         torch.distributions.Distribution._validate_args, skip_existing(),
-        composite_lp_aggregate(nowarn=True), compiled,
+        composite_lp_aggregate(nowarn=True),
     )  # fmt: skip
+
+
+def _kind_of_call(request: Request) -> Any:
+    """All that tells how a call with a policy and a flat start runs, but for what the plan watches."""
+    given: Any = request.tensordict
+    if type(given) is not TensorDict or not request.auto_reset or request.set_state is False:
+        return None
+    policy = request.policy_key()
+    if policy is None:
+        return None
+    names = given._td_dim_names
+    kind: list[Any] = [policy, given._batch_size, given._device, names and tuple(names)]
+    for key, item in given._tensordict.items():
+        if key == "next":  # left from another step
+            continue
+        if not isinstance(item, torch.Tensor):
+            return None
+        kind += key, item.shape, item.dtype, item.device, item.requires_grad
+    kind += _modes()
+    return kind
+
+
+def recall(env: WorldModelEnv, request: Request) -> tuple[Plan, dict[Any, torch.Tensor]] | None:
+    """As :func:`plan_for`, from the caller's own tensordict, if there was just such a call.
+
+    What a reset does to a start is decided by the kind of start and by the env's attributes, specs included.
+    The plan watches these: while it holds, the reset would do what it did then.
+    """
+    cache = cache_of(env)
+    if not cache.recent:
+        return None
+    kind = _kind_of_call(request)
+    with cache.lock:
+        for recent in cache.recent:
+            if recent.kind == kind:
+                break
+        else:
+            return None
+        if not recent.plan.holds(request)[0]:
+            cache.recent = [r for r in cache.recent if r is not recent]
+            return None
+        cache.calls += 1
+        cache.unused = 0
+        if next(reversed(cache.plans), None) is not recent.key:
+            cache.plans.move_to_end(recent.key)
+    given: Any = request.tensordict
+    start = {(key,): item for key, item in given._tensordict.items() if key != "next"}
+    start.update(recent.flags)
+    return recent.plan, start
+
+
+def remember(
+    env: WorldModelEnv, request: Request, plan: Plan, start: dict[Any, torch.Tensor]
+) -> None:
+    """Let :func:`recall` find this call, if its start was taken as it is, without reset."""
+    kind = _kind_of_call(request)
+    cache = cache_of(env)
+    if kind is None or any(len(path) > 1 for path in start):
+        return
+    with cache.lock:
+        given = request.tensordict.copy()  # type: ignore[union-attr]
+        given.pop("next", None)
+        key = next((k for k, found in cache.plans.items() if any(p is plan for p in found)), None)
+        if key is not None and env.starts_plainly(given):
+            flags = {(k,): start[k,] for k in zero_done(env, given.batch_size)}
+            others = [r for r in cache.recent if r.kind != kind]
+            cache.recent = [Recent(kind, plan, key, flags), *others[: _RECENT - 1]]
 
 
 def plan_for(
@@ -238,6 +355,8 @@ def _plan_for(
             cache.plans.popitem(last=False)
     variants.insert(0, plan)
     del variants[_VARIANTS:]
+    kept = {id(p) for found in cache.plans.values() for p in found}
+    cache.recent = [r for r in cache.recent if id(r.plan) in kept]
     return _usable(plan)
 
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["Feed", "NotCapturable", "Request", "same_function"]
 
 _MODULE = torch.nn.modules.module
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
-                 "_global_backward_pre_hooks")  # fmt: skip
 _SETTERS = (cem._PrecomputedActionsSequentialSetter, mppi._PrecomputedActionsSequentialSetter)
 
 
@@ -74,26 +72,29 @@ class Request:
 
     def refuse(self, env: WorldModelEnv) -> None:
         """Raise :class:`NotCapturable` for what only the eager path does."""
-        for reason, given in (
-            ("a callback, called at each step", self.callback is not None),
-            ("out= tensordict", self.out is not None),
-            ("auto_cast_to_device=True", self.auto_cast_to_device),
-            ("break_when_all_done=True", bool(self.break_when_all_done)),
-            ("max_steps < 1", self.max_steps < 1),
-            (
-                "no tensordict with auto_reset=False",
-                self.tensordict is None and not self.auto_reset,
-            ),
-            ("both policy and actions", self.policy is not None and self.actions is not None),
-            ("a compiled step_and_maybe_reset", "_compiled_step_and_maybe_reset" in env.__dict__),
-            ("step hooks of a transform", env._post_step_mdp_hooks is not None),
-        ):
-            if given:
-                raise NotCapturable(reason)
+        if self.callback is not None:
+            raise NotCapturable("a callback, called at each step")
+        if self.out is not None:
+            raise NotCapturable("out= tensordict")
+        if self.auto_cast_to_device:
+            raise NotCapturable("auto_cast_to_device=True")
+        if self.break_when_all_done:
+            raise NotCapturable("break_when_all_done=True")
+        if self.max_steps < 1:
+            raise NotCapturable("max_steps < 1")
+        if self.tensordict is None and not self.auto_reset:
+            raise NotCapturable("no tensordict with auto_reset=False")
+        if self.policy is not None and self.actions is not None:
+            raise NotCapturable("both policy and actions")
+        if "_compiled_step_and_maybe_reset" in env.__dict__:
+            raise NotCapturable("a compiled step_and_maybe_reset")
+        if env._post_step_mdp_hooks is not None:
+            raise NotCapturable("step hooks of a transform")
         device = env.device.type if env.device is not None else "cuda"
-        for kind in {device, "cpu"}:
-            if torch.is_autocast_enabled(kind):
-                raise NotCapturable("autocast is on")
+        if torch.is_autocast_enabled("cpu") or (
+            device != "cpu" and torch.is_autocast_enabled(device)
+        ):
+            raise NotCapturable("autocast is on")
         if torch.compiler.is_compiling():
             raise NotCapturable("inside torch.compile")
         if torch._C._is_tracing():
@@ -107,7 +108,12 @@ class Request:
             raise NotCapturable("inside a torch.func transform")
         if torch.autograd.forward_ad._current_level >= 0:
             raise NotCapturable("forward-mode AD is on")
-        if any(getattr(_MODULE, name) for name in _GLOBAL_HOOKS):
+        if (
+            _MODULE._global_forward_hooks
+            or _MODULE._global_forward_pre_hooks
+            or _MODULE._global_backward_hooks
+            or _MODULE._global_backward_pre_hooks
+        ):
             raise NotCapturable("global module hooks")
 
     @property

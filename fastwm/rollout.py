@@ -13,7 +13,7 @@ from fastwm.backends import requested
 from fastwm.engines.captured import ChecksFailed
 from fastwm.engines.cuda_graph import CaptureFailed, graphs_apply
 from fastwm.nvtx import annotate
-from fastwm.plan import Plan, cache_of, plan_for, zero_done
+from fastwm.plan import Plan, cache_of, plan_for, recall, remember, zero_done
 from fastwm.request import Feed, NotCapturable, Request
 from fastwm.tracing import cuda_device
 
@@ -70,17 +70,28 @@ def captured_rollout(
         NotCapturable: before anything of the caller's was changed.
     """
     request.refuse(env)
-    td = start_of(env, request)
-    random_state = _RandomState(env.device)
+    known = recall(env, request)
+    td = start_of(env, request) if known is None else None
+    random_state = None if known and not known[0].draws else _RandomState(env.device)
     try:
-        feed = request.feed(env, td.batch_size)
-        plan, start = plan_for(env, request, td, feed, patient=patient)
+        feed = None
+        if known is not None:
+            plan, start = known
+        else:
+            assert td is not None
+            feed = request.feed(env, td.batch_size)
+            plan, start = plan_for(env, request, td, feed, patient=patient)
+            if feed is None:
+                remember(env, request, plan, start)
         if plan.uncompiled:
             _warn_once(env, plan.uncompiled, "traced loop, not compiled")
         return _run(env, request, plan, td, start, feed)
     except NotCapturable:
         # The eager path goes on from here: asking initial_state again might give another start.
-        random_state.restore()
+        if random_state is not None:
+            random_state.restore()
+        if td is None:
+            td = start_of(env, request)
         request.tensordict = _with_own_flags(env, td)
         request.auto_reset, request.set_state = False, None
         raise
@@ -141,7 +152,7 @@ def own_start(env: WorldModelEnv, request: Request) -> TensorDictBase | None:
 
 
 def _run(
-    env: WorldModelEnv, request: Request, plan: Plan, td: TensorDictBase, start: dict,
+    env: WorldModelEnv, request: Request, plan: Plan, td: TensorDictBase | None, start: dict,
     feed: Feed | None,
 ) -> TensorDictBase:  # fmt: skip
     traced = plan.traced
@@ -178,7 +189,7 @@ def _run(
 
 
 def _replay(
-    env: WorldModelEnv, request: Request, plan: Plan, td: TensorDictBase, start: dict,
+    env: WorldModelEnv, request: Request, plan: Plan, td: TensorDictBase | None, start: dict,
     feed: Feed | None, horizon: int, stop: bool,
 ) -> tuple[int, dict, Feed | None]:  # fmt: skip
     inputs = {path: value.contiguous() for path, value in start.items()}
@@ -194,7 +205,7 @@ def _replay(
         except CaptureFailed as reason:
             _warn_once(env, str(reason), "traced loop, uncaptured")
             before.restore()
-            feed = request.feed(env, td.batch_size)
+            feed = None if td is None else request.feed(env, td.batch_size)
     given = None if feed is None else feed.next
     return *plan.loop.run(
         horizon, inputs, plan.constants, given, stop=stop, exact=plan.exact

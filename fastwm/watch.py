@@ -3,7 +3,8 @@
 A trace bakes in everything that Python decided: module attributes, the training flag, which submodule
 is called, what a closure holds, a constant at the top of the user's file. :class:`Watch` walks all that a
 set of roots can reach and remembers it by identity. Asking whether anything changed is a handful of
-C-level passes over flat lists, since it is asked before every rollout.
+C-level passes over flat lists, since it is asked before every rollout: the garbage collector's own walk
+lists what the containers hold, and the addresses of that are compared as bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import array
 import ctypes
 import functools
+import gc
 import io
 import logging
 import mmap
@@ -92,6 +94,7 @@ class Watch:
         self._dicts: list[dict] = []
         self._keyed: list[dict] = []  # those whose keys may be renamed
         self._empty: list[dict] = []
+        self._bare: list[OrderedDict] = []  # of the empty ones, those with no ``__dict__`` yet
         self._lists: list[list | deque] = []
         self._classes: list[types.MappingProxyType] = []
         self._owners: list[type] = []
@@ -125,6 +128,7 @@ class Watch:
         self._slot_objects = [o for o, _ in self._slots]
         self._slot_names = [n for _, n in self._slots]
         self._sized = [*self._dicts, *self._lists, *self._classes]
+        self._reset_containers()
         self.remember()
 
     # -- walking
@@ -203,6 +207,12 @@ class Watch:
             self.unwatchable.append(type(obj).__name__)
 
     def _watch_attributes(self, obj: Any) -> None:
+        if type(obj) is OrderedDict and not gc.get_referents(obj):
+            # A module has a dozen of these, for its hooks. Asking for the ``__dict__`` would make one, to
+            # be watched from then on; without one, what tells of an item tells of an attribute as well.
+            self._bare.append(obj)
+            self._visit(OrderedDict)
+            return
         attributes = getattr(obj, "__dict__", None)
         if isinstance(attributes, dict):
             library = _is_library(type(obj).__module__)
@@ -322,7 +332,7 @@ class Watch:
     # -- asking
 
     def _keys(self) -> Iterator[Any]:
-        return chain(chain.from_iterable(self._keyed), chain.from_iterable(self._classes))
+        return chain.from_iterable(self._with_keys)
 
     def _values(self) -> Iterator[Any]:
         return chain(
@@ -338,25 +348,78 @@ class Watch:
             map(ContextVar.get, self._contexts, repeat(None)),
         )
 
+    def _reset_containers(self) -> None:
+        # An edge after each, so that nothing passes from the end of one to the start of the next.
+        apart = (*self._dicts, *self._lists, *self._cells)
+        self._containers = (*chain.from_iterable(zip(apart, repeat(_EDGE))), *self._empty)
+        self._with_keys = (*self._keyed, *self._classes)
+
+    def _look(self) -> tuple[Any, ...]:
+        """All that is watched by identity, and some more that goes with it (keys that are no strings)."""
+        seen = gc.get_referents(*self._containers)
+        if self._classes:
+            seen += chain.from_iterable(map(types.MappingProxyType.values, self._classes))
+        if self._forwards:
+            seen += map(types.MappingProxyType.get, self._forwards, _FORWARD)
+        if self._functions:
+            seen += map(_CODE, self._functions)
+            seen += map(_DEFAULTS, self._functions)
+        if self._scopes:
+            seen += map(dict.get, self._scopes, self._names)
+        if self._slots:
+            seen += map(getattr, self._slot_objects, self._slot_names, _NONE)
+        if self._contexts:
+            seen += map(ContextVar.get, self._contexts, _NONE)
+        return tuple(seen)
+
     def remember(self) -> None:
         """Take the present state as the one to hold."""
         self._lengths = list(map(len, self._sized))
+        self._class_lengths = list(map(len, self._classes))
         self._saved_keys = list(self._keys())
         self._saved = list(self._values())
+        self._remember_addresses()
+
+    def _remember_addresses(self) -> None:
+        # Held, so that no address is used again.
+        self._seen = self._look()
+        self._addresses = _addresses(self._seen)
 
     def unchanged(self) -> bool:
         """Whether every watched entry is still the very same object."""
         try:
+            if _addresses(self._look()) != self._addresses:
+                if not self._same_entries():
+                    return False
+                # Something beside: a library asked for an attribute dict that had not been made yet.
+                self._remember_addresses()
             return (
-                list(map(len, self._sized)) == self._lengths
-                and not any(self._empty)
-                and all(map(is_, self._values(), self._saved))
+                (not self._classes or list(map(len, self._classes)) == self._class_lengths)
                 and list(self._keys()) == self._saved_keys
                 and self._sets == self._saved_sets
-                and all(copy(obj) == saved for obj, copy, saved in self._copies)
+                and (
+                    not self._copies or all(copy(obj) == saved for obj, copy, saved in self._copies)
+                )
             )
         except ValueError:  # a closure was emptied
             return False
+
+    def _same_entries(self) -> bool:
+        """One by one, what :meth:`_look` tells at once."""
+        return not self._grown() and all(map(is_, self._values(), self._saved))
+
+    def _grown(self) -> bool:
+        """Whether a container got larger or smaller."""
+        if list(map(len, self._sized)) != self._lengths or any(self._empty):
+            return True
+        made = gc.get_referents(*self._bare)
+        if any(made):
+            return True
+        if made:  # still empty: from now on they are watched by themselves
+            self._empty += made
+            self._bare = [o for o in self._bare if not gc.get_referents(o)]
+            self._reset_containers()
+        return False
 
     def reconcile(self, *, tensors: bool = True) -> tuple[bool, str | None]:
         """After a change by identity: is it one that a trace does not notice?
@@ -368,7 +431,7 @@ class Watch:
             ``(True, None)`` when all that changed are values equal to what they replace and tensors of
             the same shape, dtype, device and gradient flag (then remembered anew), else ``(False, what)``.
         """
-        if list(map(len, self._sized)) != self._lengths or any(self._empty):
+        if self._grown():
             return False, "an attribute, item, submodule or hook was added or removed"
         for obj, copy, saved in self._copies:
             if copy(obj) != saved:
@@ -404,6 +467,7 @@ class Watch:
     def snapshot(self) -> Callable[[], None]:
         """Remember the contents of everything watched; the function returned puts them back."""
         dicts = [(d, dict(d)) for d in (*self._dicts, *self._empty)]
+        bare = list(self._bare)
         lists = [(items, list(items)) for items in self._lists]
         classes = [(owner, dict(vars(owner))) for owner in self._owners]
         globals_ = zip(self._scopes, self._names, strict=True)
@@ -419,6 +483,9 @@ class Watch:
                 ):
                     mapping.clear()
                     mapping.update(saved)
+            for mapping in bare:
+                if gc.get_referents(mapping):
+                    vars(mapping).clear()
             for items, kept in lists:
                 if len(items) != len(kept) or not all(map(is_, items, kept)):
                     items.clear()
@@ -454,6 +521,25 @@ class Watch:
 
 _CODE, _DEFAULTS = attrgetter("__code__"), attrgetter("__defaults__")
 _CONTENTS = attrgetter("cell_contents")
+_EDGE = (object(),)  # nobody else's, so found nowhere else
+_NONE, _FORWARD = repeat(None), repeat("forward")
+
+
+def _addresses(items: tuple[Any, ...]) -> bytes:
+    """The addresses of the items: equal for tuples of the very same objects.
+
+    ``all(map(is_, ...))`` says the same at ten times the cost, and ``==`` calls ``__eq__`` where it must not.
+    A tuple is its fixed part and then an address per item; both sizes are the class's own.
+    """
+    return ctypes.string_at(id(items) + tuple.__basicsize__, len(items) * tuple.__itemsize__)
+
+
+if _addresses((None, _EDGE)) != b"".join(
+    id(o).to_bytes(tuple.__itemsize__, sys.byteorder) for o in (None, _EDGE)
+):  # pragma: no cover
+
+    def _addresses(items: tuple[Any, ...]) -> bytes:
+        return array.array("Q", map(id, items)).tobytes()
 
 
 class _Cell:
