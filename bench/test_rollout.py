@@ -12,9 +12,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fastwm.bench.models import suite
 from fastwm.bench.problem import Case, Problem
 from fastwm.bench.providers import PROVIDERS, REFERENCE, Unavailable, default_names
+from fastwm.bench.suites import suite
 from fastwm.bench.verdict import compare
 
 CASES = [
@@ -36,7 +36,7 @@ def test_rollout(benchmark: BenchmarkFixture, name: str, case: Case) -> None:
     except Unavailable as reason:
         pytest.skip(str(reason))
     reference = PROVIDERS[REFERENCE].build(problem)
-    verdict = compare(built.read(built.run()), reference.read(reference.run()))
+    verdict = compare(built.read(built.checked()), reference.read(reference.checked()))
     assert verdict.ok, verdict
     benchmark.extra_info["gflop"] = (
         problem.suite.flop(case.batch, case.horizon, case.backward) / 1e9

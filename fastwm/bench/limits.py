@@ -2,7 +2,8 @@
 
 The peak is the best rate of ``torch.mm`` in float32 over a few square sizes. It is what the best
 matrix product at hand reaches, not what the data sheet promises, so a kernel may in principle come
-out above 100 %.
+out above 100 %. Where the C++ library has ``fma_peak``, the rate of bare multiply-adds is recorded
+as well, and the floor is taken from the larger of the two.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from functools import partial
 
 import torch
 
-from fastwm.bench.models import Suite
 from fastwm.bench.problem import Case
+from fastwm.bench.suites.base import Suite
 from fastwm.bench.timing import synchronizer
 
 __all__ = ["Floor", "Limits", "floor", "measure"]
@@ -29,13 +30,20 @@ class Limits:
         gflops: multiply-adds as two operations, ``torch.mm``.
         how: the shape that reached it.
         read_gbs: reading a buffer of the size of the model's weights again and again.
+        fma_gflops: multiply-adds in registers; None where there is nothing to measure it with.
     """
 
     gflops: float
     how: str
     read_gbs: float
+    fma_gflops: float | None = None
 
-    def to_dict(self) -> dict[str, float | str]:
+    @property
+    def peak_gflops(self) -> float:
+        """The highest rate seen; no product can be faster for long."""
+        return max(self.gflops, self.fma_gflops or 0.0)
+
+    def to_dict(self) -> dict[str, float | str | None]:
         return asdict(self)
 
 
@@ -79,7 +87,15 @@ def measure(weight_bytes: int, device: str = "cpu", budget_s: float = 1.2) -> Li
             lambda: torch.mv(matrix, vector),
         )
         seconds = min(_best_seconds(read, sync, budget_s / (2 * len(reads))) for read in reads)
-    return Limits(gflops, how, 4 * flat.numel() / seconds / 1e9)
+    return Limits(gflops, how, 4 * flat.numel() / seconds / 1e9, _fma_gflops(device))
+
+
+def _fma_gflops(device: str) -> float | None:
+    """``torch.ops.fastwm.fma_peak()``, GFLOP/s on this process's threads, where it is built."""
+    op = getattr(torch.ops.fastwm, "fma_peak", None)
+    if op is None or device != "cpu":
+        return None
+    return float(op())
 
 
 @dataclass(frozen=True)
@@ -95,9 +111,12 @@ class Floor:
 
 
 def floor(case: Case, suite: Suite, limits: Limits, weight_bytes: int) -> Floor:
-    """Products at the peak; weights read once per step and pass, at the measured rate."""
+    """Needed products at the peak; needed weights read once per step and pass, at the measured
+    rate."""
     passes = 2 if case.backward else 1
+    if suite.weights_read is not None:
+        weight_bytes = int(4 * suite.weights_read(case.batch))
     return Floor(
-        compute_ms=suite.flop(case.batch, case.horizon, case.backward) / limits.gflops / 1e6,
+        compute_ms=suite.flop(case.batch, case.horizon, case.backward) / limits.peak_gflops / 1e6,
         weights_ms=passes * case.horizon * weight_bytes / limits.read_gbs / 1e6,
     )

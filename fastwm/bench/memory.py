@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["Peak", "environment", "held_bytes", "peak_of", "unmeasurable"]
 
@@ -55,12 +56,15 @@ class Peak:
         output_bytes: behind what it returned.
         kept_bytes: what the provider holds between calls (workspaces), found by letting go of it.
         how: the method.
+        torch_bytes: most that torch's own allocator held at once in one call, by its own record;
+            None where that is what ``peak_bytes`` is.
     """
 
     peak_bytes: int
     output_bytes: int
     kept_bytes: int
     how: str
+    torch_bytes: int | None = None
 
 
 def held_bytes(value: Any) -> int:
@@ -102,6 +106,20 @@ def _give_back() -> None:
         trim(0)
 
 
+def _torch_bytes(run: Callable[[], Any]) -> int:
+    """Most that torch's allocator held at once above what it held before, from its record."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        result = run()
+    results = record.profiler.kineto_results
+    events = [e for e in results.events() if e.name() == "[memory]"]
+    del result
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
 def peak_of(make: Callable[[], Callable[[], Any]], device: str = "cpu") -> Peak:
     """Make it, run it once to warm up, measure one more call, let go of it.
 
@@ -128,6 +146,7 @@ def peak_of(make: Callable[[], Callable[[], Any]], device: str = "cpu") -> Peak:
 
     run = make()
     run()
+    torch_bytes = None if on_cuda else _torch_bytes(run)
     before = held()
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -147,4 +166,4 @@ def peak_of(make: Callable[[], Callable[[], Any]], device: str = "cpu") -> Peak:
         if on_cuda
         else "resident high-water mark (VmHWM), large blocks mapped"
     )
-    return Peak(worst - before + kept, output, kept, how)
+    return Peak(worst - before + kept, output, kept, how, torch_bytes)

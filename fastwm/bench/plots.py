@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastwm.bench.models import SUITES
 from fastwm.bench.providers import REFERENCE
 from fastwm.bench.rows import MemoryRow, Row, TimeRow, read
 from fastwm.bench.stats import quartiles
+from fastwm.bench.suites import SUITES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -237,8 +237,11 @@ def _memory(rows: Sequence[MemoryRow], title: str, path: Path) -> Path:
     for place, row in zip(places, rows, strict=True):
         peak = row.peak_bytes / mib
         axes.text(peak, place, f" {peak:.0f}", va="center", fontsize=8)
-    limit = (rows[0].output_bytes + rows[0].step_bytes) / mib
-    axes.axvline(limit, color="#111111", linewidth=1, linestyle="--", label="output + one step")
+    limit, label = (rows[0].output_bytes + rows[0].step_bytes) / mib, "output + one step"
+    if rows[0].direction == "backward":
+        limit = max((r.peak_bytes for r in rows if r.provider == REFERENCE), default=0) / 4 / mib
+        label = "a quarter of torchrl's"
+    axes.axvline(limit, color="#111111", linewidth=1, linestyle="--", label=label)
     axes.set_yticks(list(places), names, fontsize=8)
     axes.invert_yaxis()
     axes.tick_params(labelsize=8)
@@ -277,12 +280,15 @@ def draw(results: Path) -> list[Path]:
             )
             title = f"{what}, {where}: part of the measured peak"
             written.append(_grid(timed, _part_of_peak, title, "% of measured peak", False, peak))
-        peaks: dict[tuple[int, int], list[MemoryRow]] = defaultdict(list)
+        peaks: dict[tuple[int, int, str], list[MemoryRow]] = defaultdict(list)
         for row in rows:
             if isinstance(row, MemoryRow):
-                peaks[row.batch, row.horizon].append(row)
-        for (batch, horizon), found in peaks.items():
-            title = f"{what}, B={batch}, T={horizon}, no gradients: peak memory"
-            path = results / f"{stem}-memory-b{batch}-t{horizon}.png"
+                peaks[row.batch, row.horizon, row.direction].append(row)
+        for (batch, horizon, direction), found in peaks.items():
+            with_gradients = direction == "backward"
+            how = "with gradients" if with_gradients else "no gradients"
+            title = f"{what}, B={batch}, T={horizon}, {how}: peak memory"
+            end = "-backward" if with_gradients else ""
+            path = results / f"{stem}-memory-b{batch}-t{horizon}{end}.png"
             written.append(_memory(found, title, path))
     return written

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastwm.bench.models import MLPWorldModel, Suite
+from fastwm.bench.suites.base import Model, Suite
+from fastwm.bench.suites.noise import reseed
 
 __all__ = ["DIRECTIONS", "Case", "Problem", "gradients"]
 
@@ -43,16 +44,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """Weights, start and cotangents, the same for every provider.
+    """Weights, start, noise and cotangents, the same for every provider.
 
-    ``cotangents`` are fixed random numbers for the next latents and the rewards, which is what an
-    actor-critic loss over an imagined batch sends back; given directly, so that no loss is timed.
-    Their scale keeps gradients of order one whatever the batch, so that one tolerance fits all.
+    ``start`` is the first step's carry, by key. Where the suite draws, every run starts with
+    :meth:`reseed`. ``cotangents`` are fixed random numbers for the next carries and the rewards,
+    which is what an actor-critic loss over an imagined batch sends back; given directly, so that no
+    loss is timed. Their scale keeps gradients of order one whatever the batch, so that one
+    tolerance fits all.
     """
 
     suite: Suite
-    model: MLPWorldModel
-    start: Tensor
+    model: Model
+    start: dict[str, Tensor]
     horizon: int
     backward: bool
     cotangents: dict[str, Tensor]
@@ -64,28 +67,46 @@ class Problem:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(case.device)
 
-        start = normal(case.batch, suite.latent).requires_grad_(case.backward)
+        model = suite.model(case.device, seed)
+        # Drawn before the cotangents, from the same generator.
+        carry = suite.start(model, case.batch, case.horizon, generator)
+        start = {k: v.to(case.device).requires_grad_(case.backward) for k, v in carry.items()}
         cotangents = {}
         if case.backward:
             scale = (case.batch * case.horizon) ** -0.5
             rows = (case.batch, case.horizon)
-            cotangents["next_latent"] = normal(*rows, suite.latent) * scale
+            for key, width in suite.carry.items():
+                cotangents[f"next_{key}"] = normal(*rows, width) * scale
             cotangents["reward"] = normal(*rows, 1) * scale
-        model = suite.model(case.device, seed)
         return cls(suite, model, start, case.horizon, case.backward, cotangents)
 
     @property
     def batch(self) -> int:
-        return self.start.shape[0]
+        return len(next(iter(self.start.values())))
 
     @property
     def device(self) -> torch.device:
-        return self.start.device
+        return next(iter(self.start.values())).device
+
+    def reseed(self) -> None:
+        """Put the generator where every run begins; nothing where the suite draws nothing."""
+        if self.suite.draws is not None:
+            reseed(self.device.type)
+
+    def noise(self) -> list[Tensor]:
+        """What a run draws, as tensors ``[T, B, ...]`` in the order of a step's draws."""
+        draws = self.suite.draws
+        if draws is None:
+            return []
+        with torch.random.fork_rng(devices=[]):
+            reseed()
+            steps = [draws(self.batch) for _ in range(self.horizon)]
+        return [torch.stack(drawn) for drawn in zip(*steps, strict=True)]
 
     def leaves(self) -> dict[str, Tensor]:
         """Everything that gets a gradient, by name."""
-        assert isinstance(self.model, nn.Module)
-        return {**dict(self.model.named_parameters()), "start": self.start}
+        of_start = {f"start.{key}": value for key, value in self.start.items()}
+        return {**dict(self.model.named_parameters()), **of_start}
 
 
 def gradients(problem: Problem, outputs: dict[str, Tensor]) -> dict[str, Tensor]:

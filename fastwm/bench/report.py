@@ -51,10 +51,16 @@ def time_table(rows: Sequence[TimeRow]) -> str:
         "of floor", "parity",
     ]  # fmt: skip
     limit = first.limits
+    fma = limit.get("fma_gflops")
+    bare = f", multiply-adds alone {fma:.0f}" if fma else ""
+    more = first.gflop_done or first.gflop
+    note = (
+        f"   peers multiply {more / first.gflop:.1f}x what is needed" if more > first.gflop else ""
+    )
     notes = (
         f"best peer: {first.best_peer}   floor: {first.floor_ms:.3f} ms "
         f"(arithmetic {first.floor_compute_ms:.3f}, weights {first.floor_weights_ms:.3f})   "
-        f"peak: {limit['gflops']:.0f} GFLOP/s ({limit['how']})   rounds: {first.rounds}   "
+        f"peak: {limit['gflops']:.0f} GFLOP/s ({limit['how']}{bare}){note}   rounds: {first.rounds}   "
         f"load: {first.machine['load']}"
     )
     return "\n".join(filter(None, [table(head, lines), notes, _busy(rows)]))
@@ -74,6 +80,13 @@ def _busy(rows: Sequence[TimeRow]) -> str:
     return f"BUSY MACHINE: {why}. Do not trust these times."
 
 
+def _within(row: MemoryRow) -> bool:
+    """Whether the peak is within what the project promises for its fast engines."""
+    if row.direction == "backward":
+        return row.vs_reference is not None and row.vs_reference <= 0.25
+    return row.peak_bytes <= row.output_bytes + row.step_bytes
+
+
 def memory_table(rows: Sequence[MemoryRow]) -> str:
     """One configuration."""
     mib = 2**20
@@ -85,11 +98,17 @@ def memory_table(rows: Sequence[MemoryRow]) -> str:
             f"{(row.peak_bytes - row.output_bytes) / mib:.1f}",
             f"{row.kept_bytes / mib:.1f}",
             f"{row.step_bytes / mib:.1f}",
-            "yes" if row.peak_bytes <= row.output_bytes + row.step_bytes else "NO",
+            "" if row.torch_bytes is None else f"{row.torch_bytes / mib:.1f}",
+            "" if row.vs_reference is None else f"{row.vs_reference:.2f}",
+            "yes" if _within(row) else "NO",
         ]
         for row in rows
     ]
-    head = ["provider (* ours)", "peak MiB", "output", "above output", "kept", "one step", "within"]
+    # Without gradients: output and one step's intermediates. With them: a quarter of torchrl's peak.
+    head = [
+        "provider (* ours)", "peak MiB", "output", "above output", "kept", "one step", "by torch",
+        "of torchrl", "within",
+    ]  # fmt: skip
     return table(head, lines) + f"\nmeasured as: {rows[0].how}"
 
 

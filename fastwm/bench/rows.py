@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 __all__ = ["SCHEMA", "MemoryRow", "Row", "TimeRow", "append", "parse", "read"]
 
-#: Raise it when a field changes its meaning; rows of another schema are refused, not guessed at.
+#: Raise it when a field changes its meaning; rows of another schema are refused, not guessed at. A
+#: field that came later has a default, which older rows take.
 SCHEMA = 1
 
 
@@ -68,7 +69,8 @@ class TimeRow(Row):
         median_ms, q1_ms, q3_ms: of the samples.
         vs_reference: times faster than torchrl's classes: median over rounds of the ratio.
         vs_best_peer, best_peer: the same against the best provider that is not ours.
-        gflop: matrix products of one call. gflops: at the median.
+        gflop: matrix products that one call needs. gflops: at the median.
+        gflop_done: matrix products as the peers do them, needed or not.
         limits: the measured peak, how, and the read rate (:mod:`fastwm.bench.limits`).
         floor_ms: the larger of ``floor_compute_ms`` and ``floor_weights_ms``.
     """
@@ -90,6 +92,7 @@ class TimeRow(Row):
     floor_ms: float
     floor_compute_ms: float
     floor_weights_ms: float
+    gflop_done: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,9 @@ class MemoryRow(Row):
         kept_bytes: part of the peak that the provider holds between calls.
         step_bytes: one step's intermediates, all kept.
         how: the method.
+        vs_reference: peak as a part of torchrl's.
+        torch_bytes: most that torch's own allocator held at once during the call; what other
+            libraries allocate is not in it.
     """
 
     kind: str = "memory"
@@ -110,6 +116,8 @@ class MemoryRow(Row):
     kept_bytes: int
     step_bytes: int
     how: str
+    vs_reference: float | None = None
+    torch_bytes: int | None = None
 
 
 _KINDS: dict[str, type[Row]] = {"time": TimeRow, "memory": MemoryRow}
@@ -144,10 +152,11 @@ def parse(raw: dict[str, Any]) -> Row:
         raise ValueError(f"Row of kind {raw.get('kind')!r}; known are {', '.join(_KINDS)}.")
     hints = get_type_hints(kind)
     names = {f.name for f in fields(kind)}
-    missing, unknown = names - set(raw), set(raw) - names
+    needed = {f.name for f in fields(kind) if f.default is MISSING}
+    missing, unknown = needed - set(raw), set(raw) - names
     if missing or unknown:
         raise ValueError(f"Row lacks {sorted(missing)} and has unknown {sorted(unknown)}.")
-    for name in names:
+    for name in names & set(raw):
         if not _fits(raw[name], hints[name]):
             raise ValueError(f"Row's {name!r} is {raw[name]!r}, which is no {hints[name]}.")
     return kind(**raw)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastwm.bench import conditions, limits, memory, models, stats
+from fastwm.bench import conditions, limits, memory, stats, suites
 from fastwm.bench.plan import Plan
 from fastwm.bench.problem import Case, Problem
 from fastwm.bench.providers import REFERENCE, Built, Provider, Unavailable, chosen
@@ -64,7 +64,7 @@ def _weight_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _too_big(case: Case, suite: models.Suite) -> str | None:
+def _too_big(case: Case, suite: suites.Suite) -> str | None:
     """Reason why a backward pass would not fit into memory, or None."""
     if not case.backward or case.device != "cpu":
         return None
@@ -91,7 +91,7 @@ class Session:
         self.plan = plan
         (self.threads,) = plan.threads
         torch.set_num_threads(self.threads)
-        self.suite = models.suite(plan.suite)
+        self.suite = suites.suite(plan.suite)
         wanted = chosen(list(plan.providers)) if providers is None else dict(providers)
         self.providers = {REFERENCE: chosen([REFERENCE])[REFERENCE], **wanted}
         self.run_id = uuid.uuid4().hex[:12]
@@ -115,7 +115,7 @@ class Session:
                 continue
             try:
                 built = provider.build(problem)
-                entries[name] = _Entry(built, built.run())
+                entries[name] = _Entry(built, built.checked())
             except Unavailable as error:
                 outcome.absent[name] = UNAVAILABLE, str(error)
             except Exception as error:  # one broken provider must not hide the others' numbers
@@ -135,10 +135,10 @@ class Session:
 
         The new one is then written over: if the first changes with it, the next look is red.
         """
-        start = problem.start.detach().clone()
+        start = {key: value.detach().clone() for key, value in problem.start.items()}
         for name, entry in list(entries.items()):
             for what in ("first", "a later"):
-                raw = entry.first if what == "first" else entry.built.run()
+                raw = entry.first if what == "first" else entry.built.checked()
                 found = _outputs(entry.built, raw)
                 verdict = compare(found, expected)
                 if entry.verdict is None:
@@ -150,8 +150,9 @@ class Session:
                 if what == "a later":
                     for value in found.values():
                         value.fill_(torch.nan)
-                    if not torch.equal(problem.start, start):
-                        problem.start.detach().copy_(start)
+                    if not all(torch.equal(problem.start[k], v) for k, v in start.items()):
+                        for key, value in start.items():
+                            problem.start[key].detach().copy_(value)
                         outcome.absent[name] = RED, "its results share memory with the start"
                         del entries[name]
 
@@ -224,6 +225,7 @@ class Session:
             self._limits = limits.measure(weights, case.device)
         floor = limits.floor(case, self.suite, self._limits, weights)
         gflop = self.suite.flop(case.batch, case.horizon, case.backward) / 1e9
+        gflop_done = self.suite.flop_done(case.batch, case.horizon, case.backward) / 1e9
         ms = {name: samples[name].ms for name in entries}
         peer = stats.best_peer(ms, {n for n in ms if self.providers[n].ours})
         rows: list[Row] = []
@@ -251,6 +253,7 @@ class Session:
                     floor_ms=floor.ms,
                     floor_compute_ms=floor.compute_ms,
                     floor_weights_ms=floor.weights_ms,
+                    gflop_done=gflop_done,
                 )
             )
         return rows
@@ -285,6 +288,9 @@ class Session:
                 **self._common(case, name, verdict, outcome),
                 **asdict(peak),
                 step_bytes=4 * self.suite.activations * case.batch,
+                vs_reference=peak.peak_bytes / measured[REFERENCE][1].peak_bytes
+                if REFERENCE in measured
+                else None,
             )
             for name, (verdict, peak) in measured.items()
         ]

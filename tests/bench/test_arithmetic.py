@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastwm.bench import stats
 from fastwm.bench.limits import Limits, floor, measure
-from fastwm.bench.models import suite
 from fastwm.bench.plan import Plan
 from fastwm.bench.problem import Case, Problem
 from fastwm.bench.providers import torch_loop
+from fastwm.bench.suites import suite
 from fastwm.bench.timing import Effort, interleave
 
 
@@ -42,7 +42,7 @@ def test_the_counted_work_is_the_work_done(direction: str) -> None:
     mlp = suite("mlp")
     problem = Problem.of(case, mlp)
     with FlopCounterMode(display=False) as counter:
-        found = torch_loop.loop(problem.model.step, problem.start, problem.horizon)
+        found = torch_loop.loop(problem.model.step, problem.start, problem.horizon, mlp.outputs)
         if case.backward:
             heads = [found[name] for name in problem.cotangents]
             torch.autograd.backward(heads, list(problem.cotangents.values()))

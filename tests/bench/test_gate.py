@@ -71,7 +71,7 @@ def _returns_the_start_itself(problem: Problem) -> Built:
         found = right.run()
         latent = found["latent"].unbind(1)
         # The first latent is the start's memory, the others are its own.
-        return {**found, "first": problem.start, "latent": torch.stack(latent, 1)}
+        return {**found, "first": problem.start["latent"], "latent": torch.stack(latent, 1)}
 
     return Built(run, lambda raw: raw)
 
@@ -85,7 +85,7 @@ def _off_by(key: str, amount: float) -> Provider:
     [
         (_off_by("reward", 1e-3), "forward", "reward is off"),
         (_off_by("grad/policy.0.weight", 1e-2), "backward", "grad/policy.0.weight is off"),
-        (_off_by("grad/start", 1e-2), "backward", "grad/start is off"),
+        (_off_by("grad/start.latent", 1e-2), "backward", "grad/start.latent is off"),
         (_off_by("latent", torch.nan), "forward", "latent is off"),
         (spoiled(lambda f: {k: v for k, v in f.items() if k != "action"}), "forward", "action is missing"),
         (spoiled(lambda f: {**f, "reward": f["reward"][..., 0]}), "forward", "reward has shape"),
@@ -192,7 +192,7 @@ def test_every_quick_provider_is_green(direction: str, tmp_path: Path) -> None:
     assert worst <= 1
     keys = set(found[0].parity["used"])
     assert {"latent", "action", "next_latent", "reward"} <= keys
-    assert ("grad/dynamics.net.4.bias" in keys and "grad/start" in keys) == (
+    assert ("grad/dynamics.net.4.bias" in keys and "grad/start.latent" in keys) == (
         direction == "backward"
     )
 

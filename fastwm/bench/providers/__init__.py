@@ -29,6 +29,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider("jax-scan", jax_scan.build),
         Provider("fastwm-eager", env_rollout.fastwm("eager"), ours=True),
         Provider("fastwm-captured", env_rollout.fastwm("captured"), ours=True),
+        Provider("fastwm-fused", env_rollout.fastwm("fused"), ours=True),
         Provider(
             "fastwm-captured-inductor", env_rollout.fastwm("captured", inductor=True), ours=True
         ),

@@ -19,10 +19,20 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Built:
-    """One provider on one problem: ``run`` is timed, ``read`` names what it returned."""
+    """One provider on one problem: ``run`` is timed, ``read`` names what it returned.
+
+    Where ``run`` draws numbers of its own, ``check`` is the same program on given ones, and parity
+    is looked at there.
+    """
 
     run: Callable[[], Any]
     read: Callable[[Any], dict[str, Tensor]]
+    check: Callable[[], Any] | None = None
+
+    @property
+    def checked(self) -> Callable[[], Any]:
+        """What to call for the parity check."""
+        return self.check or self.run
 
 
 def _never(case: Case) -> str | None:

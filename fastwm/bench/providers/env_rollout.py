@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase
 
 from fastwm.bench.problem import Problem, gradients
 from fastwm.bench.providers import torch_compile
-from fastwm.bench.providers.base import Built
+from fastwm.bench.providers.base import Built, Unavailable
 
 __all__ = ["fastwm", "torchrl"]
 
@@ -22,14 +22,16 @@ __all__ = ["fastwm", "torchrl"]
 class _Specs(EnvBase):
     """A base env that holds specs and is never run.
 
-    It is batched and its observation is the latent: otherwise torchrl 0.14.1 loses the specs' last
+    It is batched and its observation is the carry: otherwise torchrl 0.14.1 loses the specs' last
     dim or never advances the latent.
     """
 
-    def __init__(self, batch: int, latent: int, action: int, device: Any) -> None:
+    def __init__(self, batch: int, carry: Mapping[str, int], action: int, device: Any) -> None:
         super().__init__(batch_size=torch.Size([batch]), device=device)
         self.observation_spec = Composite(
-            latent=Unbounded((batch, latent), device=device), shape=(batch,), device=device
+            {key: Unbounded((batch, width), device=device) for key, width in carry.items()},
+            shape=(batch,),
+            device=device,
         )
         self.action_spec = Unbounded((batch, action), device=device)
         self.reward_spec = Unbounded((batch, 1), device=device)
@@ -45,32 +47,37 @@ class _Specs(EnvBase):
 
 
 def _built(problem: Problem, world_model_class: Any, env_class: Any) -> Built:
-    suite, model, device = problem.suite, problem.model, problem.device
+    suite, device, parts = problem.suite, problem.device, problem.model.parts()
+    first = next(iter(suite.carry))
     world_model = world_model_class(
         # Needed by the constructor; an imagined rollout never encodes.
-        TensorDictModule(nn.Linear(1, suite.latent), in_keys=["observation"], out_keys=["latent"]),
-        TensorDictModule(
-            model.dynamics, in_keys=["latent", "action"], out_keys=[("next", "latent")]
-        ),
-        TensorDictModule(model.reward, in_keys=[("next", "latent")], out_keys=[("next", "reward")]),
+        TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=[first]),
+        parts.dynamics,
+        parts.reward,
     )
-    policy = TensorDictModule(model.policy, in_keys=["latent"], out_keys=["action"])
-    base_env = _Specs(problem.batch, suite.latent, suite.action, device)
-    env = env_class(world_model, base_env, observation_spec=base_env.observation_spec.clone())
+    policy = parts.policy
+    base_env = _Specs(problem.batch, suite.carry, suite.action, device)
+    env = env_class(
+        world_model,
+        base_env,
+        observation_spec=base_env.observation_spec.clone(),
+        latent_key=first,
+    )
     rows, steps = (problem.batch, problem.horizon), problem.horizon
 
     def imagine() -> TensorDictBase:
         # A new tensordict each time, as from an encoder: a rollout writes its flags into the one it
         # is given.
-        start = TensorDict({"latent": problem.start}, [problem.batch], device=device)
+        problem.reseed()
+        start = TensorDict(problem.start, [problem.batch], device=device)
         return env.rollout(steps, policy, tensordict=start)
 
     def named(rollout: TensorDictBase) -> dict[str, Tensor]:
         following = rollout.get("next")
         return {
-            "latent": rollout.get("latent"),
+            **{key: rollout.get(key) for key in suite.carry},
             "action": rollout.get("action"),
-            "next_latent": following.get("latent"),
+            **{f"next_{key}": following.get(key) for key in suite.carry},
             # torchrl 0.14.1's reward lacks the last dim.
             "reward": following.get("reward").reshape(*rows, 1),
         }
@@ -110,6 +117,19 @@ def fastwm(backend: str, *, inductor: bool = False) -> Callable[[Problem], Built
 
         if inductor:
             torch_compile.check_compiler(problem)
-        return _built(problem, library.WorldModel, make)
+        built = _built(problem, library.WorldModel, make)
+        if backend == "fused":
+            _refused(built)
+        return built
 
     return build
+
+
+def _refused(built: Built) -> None:
+    """Raise :class:`Unavailable` where the fused engine says that this model is not for it."""
+    try:
+        built.run()
+    except RuntimeError as error:
+        if "backend='fused' cannot run" not in str(error):
+            raise
+        raise Unavailable(str(error)) from None

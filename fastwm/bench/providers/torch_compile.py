@@ -1,10 +1,14 @@
-"""`torch.compile` of the plain loop: of a step, driven from outside, and of all steps, unrolled."""
+"""`torch.compile` of the plain loop: of a step, driven from outside, and of all steps, unrolled.
+
+Where a suite draws numbers, Inductor is told to draw them as eager does (`fallback_random`): its own
+would be other numbers, and nothing could be compared.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -43,6 +47,9 @@ def check_compiler(problem: Problem) -> None:
         raise Unavailable("torch.compile needs a C++ compiler, and there is none")
     # Versions for each batch, direction and horizon live side by side; the default limit is 8.
     torch._dynamo.config.recompile_limit = 256
+    import torch._inductor.config as inductor
+
+    inductor.fallback_random = problem.suite.draws is not None
 
 
 def step(mode: str | None = None) -> Callable[[Problem], Built]:
@@ -56,14 +63,16 @@ def step(mode: str | None = None) -> Callable[[Problem], Built]:
         compiled = torch.compile(model.step, mode=mode, dynamic=dynamic)
         if mode == "reduce-overhead":
 
-            def one(latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            def one(*carry: Tensor) -> tuple[Tensor, ...]:
                 # The graph's outputs are overwritten by its next replay.
                 torch.compiler.cudagraph_mark_step_begin()
-                action, following, reward = compiled(latent)
-                return action.clone(), following.clone(), reward.clone()
+                return tuple(value.clone() for value in compiled(*carry))
         else:
             one = compiled
-        return torch_loop.from_rollout(problem, lambda s: torch_loop.loop(one, s, problem.horizon))
+        horizon, outputs = problem.horizon, problem.suite.outputs
+        return torch_loop.from_rollout(
+            problem, lambda start: torch_loop.loop(one, start, horizon, outputs)
+        )
 
     return build
 
@@ -71,10 +80,10 @@ def step(mode: str | None = None) -> Callable[[Problem], Built]:
 def loop(problem: Problem) -> Built:
     """The whole loop compiled at once."""
     check_compiler(problem)
-    model, horizon = problem.model, problem.horizon
+    model, horizon, outputs = problem.model, problem.horizon, problem.suite.outputs
 
-    def rollout(start: Tensor) -> dict[str, Tensor]:
-        return torch_loop.loop(model.step, start, horizon)
+    def rollout(start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return torch_loop.loop(model.step, start, horizon, outputs)
 
     compiled = torch.compile(rollout, dynamic=_dynamic(problem), fullgraph=True)
     return torch_loop.from_rollout(problem, compiled)
