@@ -1,0 +1,227 @@
+"""Random ops: drawn by torch itself, step after step as eager does, and handed to the program as inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastwm.row_program.lowering.errors import NotLowerable
+from fastwm.row_program.lowering.layout import Atom, Dims, Laid, inner_atoms
+from fastwm.row_program.lowering.registry import Call, lowers
+from fastwm.step_graph import Meta
+
+if TYPE_CHECKING:
+    from fastwm.row_program.lowering.step import StepLowering as Step
+
+__all__ = ["DRAWS", "Draw", "placements"]
+
+
+@dataclass
+class Draw:
+    """One random op of the step.
+
+    Attributes:
+        name: of the program's step input, ``("draw", i)``; None when nobody reads it. It must be drawn all
+            the same, for what is drawn after it.
+        shape, dtype: of one step's noise, as eager draws it.
+        plain: the noise is ``[*batch, *inner]``: rows need no rearranging.
+        inner: shape of the program's input.
+    """
+
+    name: Any
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    plain: bool
+    inner: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+    arrange: Callable[[torch.Tensor], torch.Tensor]
+
+    def sample(self) -> torch.Tensor:
+        """This step's noise, in eager's shape, by the call that eager makes."""
+        return self.make()
+
+    def rows(self, noise: torch.Tensor) -> torch.Tensor:
+        """The same as the program takes it: ``[rows, *inner]``."""
+        return self.arrange(noise)
+
+
+def placements(shape: Sequence[int], batch: Sequence[Atom | None]) -> Iterator[Dims]:
+    """Where the batch may lie in noise of that shape, likeliest first; nowhere, last of all.
+
+    Any placement under which the whole step keeps to its rows is right, since each op is held to it.
+    """
+    atoms = [a for a in batch if a is not None]
+
+    def inner(n: int) -> tuple[Atom, ...]:
+        return (Atom("inner", n),) if n > 1 else ()
+
+    if atoms:
+        real = [i for i, n in enumerate(shape) if n > 1]
+        for start in range(len(real) - len(atoms) + 1):
+            places = real[start : start + len(atoms)]
+            if [shape[i] for i in places] == [a.size for a in atoms]:
+                yield tuple(
+                    (atoms[places.index(i)],) if i in places else inner(n)
+                    for i, n in enumerate(shape)
+                )
+        rows = math.prod(a.size for a in atoms)
+        for place in real:
+            n = shape[place]
+            if n % rows == 0 and (n > rows or len(atoms) > 1):
+                rest = inner(n // rows)
+                for merged in dict.fromkeys([(*atoms, *rest), (*rest, *atoms)]):
+                    yield tuple(merged if i == place else inner(m) for i, m in enumerate(shape))
+    yield tuple(inner(n) for n in shape)
+
+
+def drawn(
+    s: Step, make: Callable[[], torch.Tensor], meta: Meta, known: Dims | None, kind: str,
+    bound: float | None = None,
+) -> Laid:  # fmt: skip
+    """A step input for noise; ``known``: where its batch lies, else the step tries placements."""
+    shape = tuple(meta.shape)
+    if math.prod(shape) == 0:
+        raise NotLowerable("a random op that draws nothing")
+    if known is None or not any(a.kind == "batch" for d in known for a in d):
+        dims = s.place(shape)
+    else:
+        dims = tuple(
+            tuple(a if a.kind == "batch" else Atom("inner", a.size) for a in d) for d in known
+        )
+    order = inner_atoms(dims)
+    inner = tuple(
+        math.prod(a.size for a in d if a.kind == "inner")
+        for d in dims
+        if not d or any(a.kind == "inner" for a in d)
+    )
+    lead = len(s.b.batch)
+    plain = dims[:lead] == s.b.batch_dims and not any(
+        a.kind == "batch" for d in dims[lead:] for a in d
+    )
+    inner = shape[lead:] if plain else inner
+    name = ("draw", len(s.draws))
+    val = s.b.program.input(name, "step", inner, kind)
+    s.b.quiet.add(val.index)
+    s.draws.append(
+        Draw(name, shape, meta.dtype, plain, inner, make, _arranger(s, dims, inner))
+    )
+    laid = Laid(val, dims, order, kind)
+    return s.b.bounded(laid, bound) if kind == "int" else laid
+
+
+def _arranger(
+    s: Step, dims: Dims, inner: tuple[int, ...]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    atoms = [a for d in dims for a in d]
+    batch = [a for a in s.b.batch if a is not None]
+    rows = math.prod(a.size for a in batch)
+    here = [a for a in batch if a in atoms]
+    perm = [atoms.index(a) for a in (*here, *inner_atoms(dims))]
+    sizes = [a.size for a in atoms]
+    lead = [a.size if a in here else 1 for a in batch]
+    full = [a.size for a in batch]
+    rest = [a.size for a in inner_atoms(dims)]
+
+    def arrange(noise: torch.Tensor) -> torch.Tensor:
+        noise = noise.reshape(sizes).permute(perm).reshape(*lead, *rest).expand(*full, *rest)
+        return noise.reshape(rows, *inner)
+
+    return arrange
+
+
+_IN_PLACE = {"normal", "uniform", "exponential", "bernoulli", "random", "cauchy", "log_normal", "geometric"}
+_LIKE = {"randn_like", "rand_like", "randint_like"}
+_SHAPED = {"randn", "rand", "randint", "normal"}
+
+
+@lowers("normal", "uniform", "exponential", "bernoulli", "random", "cauchy", "log_normal", "geometric",
+        "randn_like", "rand_like", "randint_like", "randn", "rand", "randint")  # fmt: skip
+def _draw(s: Step, c: Call) -> Laid:
+    meta = c.out[0]
+    assert meta is not None
+    tensors = [v for v in c.given.values() if isinstance(v, Laid)]
+    if c.name == "normal" and not c.op.mutates:
+        return _normal(s, c, meta)
+    if c.name == "bernoulli" and not (c.op.mutates or isinstance(c.get("p"), float)):
+        return _bernoulli(s, c, meta, c["self"])
+    if c.name == "bernoulli" and isinstance(c.get("p"), Laid):
+        return _bernoulli(s, c, meta, c["p"])
+    if len(tensors) > (c.name not in ("randn", "rand", "randint")):
+        raise NotLowerable(f"aten.{c.name} with parameters that the step computes")
+    known = tensors[0].dims if tensors else None
+    make = s.redraw(c, meta)
+    kind, bound = s.kind(meta), None
+    if kind == "int":
+        high = c.get("high", c.get("to"))
+        if high is None:
+            raise NotLowerable(f"aten.{c.name} of any integer")
+        bound = float(max(abs(high), abs(c.get("low", c.get("from", 0)) or 0)))
+    return drawn(s, make, meta, known, kind, bound)
+
+
+def _normal(s: Step, c: Call, meta: Meta) -> Laid:
+    """``normal(mean, std)``: in torch, noise times std plus mean, in this order."""
+    mean, std = c["mean"], c["std"]
+    generator = c.get("generator")
+    shape = tuple(meta.shape)
+
+    def make() -> torch.Tensor:
+        return torch.randn(shape, dtype=meta.dtype, device=meta.device, generator=generator)
+
+    operands = [o for o in (mean, std) if isinstance(o, Laid)]
+    noise = drawn(s, make, meta, s.dims_of(operands, shape), "float")
+    if isinstance(std, Laid):
+        s.check(s.b.elementwise("ge", std, 0.0))
+    return s.arith("add", s.arith("mul", noise, std), mean)
+
+
+def _bernoulli(s: Step, c: Call, meta: Meta, p: Laid) -> Laid:
+    """On a CPU ``bernoulli(p)`` is ``rand < p``, number for number."""
+    if meta.device.type != "cpu":
+        raise NotLowerable(f"bernoulli of computed probabilities on {meta.device.type}")
+    if p.kind != "float":
+        raise NotLowerable("bernoulli of probabilities that are no floats")
+    shape, dtype = tuple(meta.shape), s.b.program.dtype
+    generator = c.get("generator")
+
+    def make() -> torch.Tensor:
+        return torch.rand(shape, dtype=dtype, generator=generator)
+
+    uniform = drawn(s, make, Meta(meta.shape, dtype, meta.device), s.dims_of([p], shape), "float")
+    s.check(s.b.elementwise("ge", p, 0.0))
+    s.check(s.b.elementwise("le", p, 1.0))
+    out = s.b.elementwise("lt", uniform, p)
+    return s.b.cast(out, s.kind(meta))
+
+
+@lowers("multinomial")
+def _multinomial(s: Step, c: Call) -> Laid:
+    """One sample: the largest of ``p / exponential noise``, as torch itself draws it."""
+    p, meta = c["self"], c.out[0]
+    assert meta is not None
+    if c["num_samples"] != 1:
+        raise NotLowerable("multinomial with several samples")
+    if meta.device.type != "cpu":
+        raise NotLowerable(f"multinomial on {meta.device.type}")
+    shape, dtype = p.shape, s.b.program.dtype
+    generator = c.get("generator")
+    empty = s.like(c.op.args[0], shape, dtype)
+
+    def make() -> torch.Tensor:
+        return empty().exponential_(1, generator=generator)
+
+    p = s.b.as_row(p)
+    noise = drawn(s, make, Meta(torch.Size(shape), dtype, meta.device), s.dims_of([p], shape), "float")
+    last = len(p.dims) - 1
+    s.check(s.b.unary("isfinite", p))
+    s.check(s.b.elementwise("ge", p, 0.0))
+    s.check(s.b.elementwise("gt", s.reduced("sum", p, [last], True), 0.0))
+    out = s.reduced("argmax", s.b.elementwise("div", p, noise), [last], True)
+    return s.b.bounded(out, float(shape[-1]))
+
+
+DRAWS = {*_IN_PLACE, *_LIKE, *_SHAPED, "multinomial"}

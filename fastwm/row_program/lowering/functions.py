@@ -1,0 +1,44 @@
+"""Custom ``autograd.Function`` entries of a step: torchrl's own, whose gradient differs from their ops'."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torchrl.modules.distributions import utils as torchrl_utils
+
+from fastwm.row_program.lowering.errors import NotLowerable
+from fastwm.row_program.lowering.layout import Laid
+from fastwm.step_graph import Op
+
+if TYPE_CHECKING:
+    from fastwm.row_program.lowering.step import StepLowering as Step
+
+__all__ = ["call_function"]
+
+
+def _torchrl(name: str) -> Any:
+    return getattr(torchrl_utils, name, None)
+
+
+def call_function(s: Step, op: Op, args: list[Any]) -> Laid:
+    """Lower one ``Function.apply``.
+
+    Raises:
+        NotLowerable: naming the class, whose backward nobody here knows.
+    """
+    cls = getattr(op.target, "__self__", None)
+    x = args[0] if args else None
+    if cls is not None and isinstance(x, Laid):
+        eps = args[1] if len(args) > 1 and args[1] is not None else None
+        limit = 1.0 - (torch.finfo(s.b.program.dtype).resolution if eps is None else float(eps))
+        if cls in (_torchrl("_SafeTanh"), _torchrl("_SafeTanhNoEps")):
+            return s.b.unary("safe_tanh", x, limit=limit)
+        if cls in (_torchrl("_SafeaTanh"), _torchrl("_SafeaTanhNoEps")):
+            # atanh within the limits, its gradient passing through them.
+            clipped = s.b.elementwise("clamp_max", s.b.elementwise("clamp_min", x, -limit), limit)
+            x = s.b.elementwise("add", x, s.b.unary("detach", s.b.elementwise("sub", clipped, x)))
+            up, down = s.b.unary("log1p", x), s.b.unary("log1p", s.b.unary("neg", x))
+            return s.b.elementwise("mul", s.b.elementwise("sub", up, down), 0.5)
+    name = getattr(cls, "__name__", op.name)
+    raise NotLowerable(f"custom autograd.Function {name}: its backward has no row-wise form")
