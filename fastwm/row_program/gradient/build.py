@@ -140,7 +140,7 @@ def differentiate(
     plain, fused = _split_activations(program)
     active = active_values(plain, wrt, output_grads, final_grads)
     adjoint = Adjoint(plain, active)
-    reached = adjoint.run(wrt, output_grads)
+    reached = adjoint.run(wrt, output_grads, final_grads)
     needs = adjoint.needs(_at_hand(plain))
     tape = _Tape(plain, fused, needs, dict(carry_outputs or {}), budget)
     return Gradient(tape.forward(), tape.backward(adjoint), tape.saved, reached)
@@ -325,12 +325,20 @@ class Adjoint:
 
     # -- the walk
 
-    def run(self, wrt: Collection[Any], output_grads: Collection[Any]) -> list[Any]:
+    def run(
+        self, wrt: Collection[Any], output_grads: Collection[Any], final_grads: Collection[Any]
+    ) -> list[Any]:
         """Emit everything; returns which of the inputs asked for get a gradient."""
         inputs = self.program.inputs
         adjoints: dict[Any, Val] = {}
         for name, item in inputs.items():
-            if item.role in ("carry", "context") and item.val.index in self.active:
+            if item.role not in ("carry", "context"):
+                continue
+            # A carry that nothing reads may still have a last value that matters, and after no steps at
+            # all the last value is the first.
+            following = next_value(self.program, name) if item.role == "carry" else item.val
+            last = name in final_grads and (name in wrt or self.wants(following))
+            if last or self.wants(item.val):
                 shape = self.type(item.val).shape
                 adjoints[name] = self.scratch.input(("adjoint", name), "carry", shape)
         for name, val in adjoints.items():
@@ -353,7 +361,7 @@ class Adjoint:
         reached = []
         for name, val in adjoints.items():
             g = self.gradient(inputs[name].val)
-            # If only zero gradients arrived (x ** 0), none is there.
+            # Nothing may have arrived (x ** 0; a carry that nothing reads): the gradient is zero.
             self.scratch.carries["adjoint", name] = (
                 self.emit("fill", value=0.0, shape=self.type(val).shape, kind="float")
                 if g is None

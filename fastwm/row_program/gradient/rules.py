@@ -126,17 +126,19 @@ def _pow(b: Builder, instr: Instr, g: Val) -> None:
             slope = b.emit("mul", e, b.emit("pow", x, b.emit("sub", e, 1.0)))
             b.give(x, b.emit("where", b.emit("eq", e, 0.0), 0.0, b.emit("mul", g, slope)))
     if b.wants(instr.args[1]):
-        e = instr.args[1]
+        e = _as_row(b, _val(instr.args[1]))
         if isinstance(x, Val):
             x = _as_row(b, x)
             none = b.emit("and", b.emit("eq", x, 0.0), b.emit("ge", e, 0.0))
             slope = b.emit("mul", instr.out, b.emit("log", x))
-            b.give(e, b.emit("where", none, 0.0, b.emit("mul", g, slope)))
+            b.give(instr.args[1], b.emit("where", none, 0.0, b.emit("mul", g, slope)))
         else:
             assert x is not None
             log = math.log(x) if x > 0 else -math.inf if x == 0 else math.nan
             part = b.emit("mul", g, b.emit("mul", instr.out, log))
-            b.give(e, part if x != 0 else b.emit("where", b.emit("ge", e, 0.0), 0.0, part))
+            b.give(
+                instr.args[1], part if x != 0 else b.emit("where", b.emit("ge", e, 0.0), 0.0, part)
+            )
 
 
 def _as_row(b: Builder, arg: Val) -> Val:
@@ -236,8 +238,10 @@ def _sum(b: Builder, instr: Instr, g: Val) -> None:
 
 
 def _extreme(b: Builder, instr: Instr, g: Val) -> None:
-    x, y = _val(instr.args[0]), _val(instr.out)
+    x = _val(instr.args[0])
     shape = b.type(x).shape
+    # Found again rather than saved: x may be recomputed, and must meet its extreme to the last bit.
+    y = b.emit(instr.op, x)
     hit = b.emit("eq", x, _spread(b, y, shape))
     share = b.emit("div", g, b.emit("sum", hit))  # amax: evenly among ties
     b.give(x, b.emit("where", hit, _spread(b, share, shape), 0.0))
