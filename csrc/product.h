@@ -194,15 +194,17 @@ __attribute__((noinline)) void rest_of_rows(int64_t rows, int64_t k, const T* a,
   }
 }
 
+struct Rows { // of whole vectors
+  int64_t rows, width, ld;
+};
+
 template <typename T>
-void unary(Unary op, const T* params, int64_t n, const T* x, T* out);
+void unary_rows(Unary op, const T* params, Rows n, const T* x, T* out);
 
 template <typename T>
 FASTWM_INLINE void activate(const Product<T>& p, T* c, int64_t rows, int64_t width) {
   if (p.act != fastwm::Unary::kNone) {
-    for (int64_t i = 0; i < rows; ++i) {
-      unary<T>(p.act, p.act_params, width, c + i * p.ldc, c + i * p.ldc);
-    }
+    unary_rows<T>(p.act, p.act_params, Rows{rows, width, p.ldc}, c, c);
   }
 }
 

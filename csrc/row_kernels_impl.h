@@ -15,10 +15,12 @@ using fastwm::UnaryGrad;
 // ------------------------------------------------------------------ elementwise
 
 template <typename T, typename F>
-FASTWM_INLINE void map(int64_t n, const T* x, T* out, F f) {
+FASTWM_INLINE void map(Rows n, const T* x, T* out, F f) {
   constexpr int64_t lanes = Lanes<T>::count;
-  for (int64_t i = 0; i < n; i += lanes) {
-    store<T>(out + i, f(load<T>(x + i)));
+  for (int64_t r = 0; r < n.rows; ++r, x += n.ld, out += n.ld) {
+    for (int64_t i = 0; i < n.width; i += lanes) {
+      store<T>(out + i, f(load<T>(x + i)));
+    }
   }
 }
 
@@ -52,7 +54,7 @@ FASTWM_INLINE Vec<T> softplus_(Vec<T> x, T beta, T threshold) {
 }
 
 template <typename T>
-void unary(Unary op, const T* params, int64_t n, const T* x, T* out) {
+void unary_rows(Unary op, const T* params, Rows n, const T* x, T* out) {
   using V = Vec<T>;
   const V one = spread<T>(1), zero = spread<T>(0);
   switch (op) {
@@ -116,11 +118,18 @@ void unary(Unary op, const T* params, int64_t n, const T* x, T* out) {
     }
     case Unary::kCopy:
       if (x != out) {
-        memcpy(out, x, n * sizeof(T));
+        for (int64_t r = 0; r < n.rows; ++r) {
+          memcpy(out + r * n.ld, x + r * n.ld, n.width * sizeof(T));
+        }
       }
       return;
     case Unary::kNone: return;
   }
+}
+
+template <typename T>
+void unary(Unary op, const T* params, int64_t n, const T* x, T* out) {
+  unary_rows<T>(op, params, Rows{1, n, n}, x, out);
 }
 
 template <typename T, typename F>
@@ -200,7 +209,7 @@ FASTWM_INLINE void map_rows(int64_t rows, int64_t ld, Operand<T> a, Operand<T> b
   }
   if (b.single && b.row_stride == 0 && !a.single && a.row_stride == ld) { // x with a number
     const Vec<T> y = spread<T>(b.data[0]);
-    map<T>(rows * ld, a.data, out, [=](Vec<T> x) { return f(x, y); });
+    map<T>(Rows{1, rows * ld, ld}, a.data, out, [=](Vec<T> x) { return f(x, y); });
     return;
   }
   for (int64_t r = 0; r < rows; ++r) {

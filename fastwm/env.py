@@ -68,10 +68,14 @@ class WorldModelEnv(ModelBasedEnvBase):
             real observations, sampled and encoded. With it, finished rows restart in non-stop rollouts.
         backend: ``"auto"`` (the fastest engine that can run), ``"fused"``, ``"captured"`` or ``"eager"``.
             :class:`fastwm.backend` and the variable ``FASTWM_BACKEND`` choose for a block or a process.
+        fused_weights: ``torch.bfloat16`` lets the fused engine round matrices to bfloat16 (products and
+            sums stay float32), in rollouts without gradients: half the memory to read at small batches, at
+            the precision of ``("rollout.bf16_weights", ...)`` in :mod:`fastwm.tolerances`. Default: as they are.
 
     Raises:
         ValueError: the step reads ``latent_key`` but never writes it under ``"next"``, so that it could
-            never advance; or an unknown ``backend``.
+            never advance; or an unknown ``backend`` or
+            ``fused_weights``.
 
     Example:
         >>> import torch
@@ -112,8 +116,11 @@ class WorldModelEnv(ModelBasedEnvBase):
         done_threshold: float = 0.5,
         initial_state: InitialState | None = None,
         backend: str = "auto",
+        fused_weights: torch.dtype | None = None,
     ) -> None:
         check_name(backend)
+        if fused_weights not in (None, torch.bfloat16):
+            raise ValueError(f"fused_weights={fused_weights}; choose None or torch.bfloat16.")
         if batch_size is None:
             batch_size = base_env.batch_size if base_env.batch_dims else torch.Size([1])
         batch_size = torch.Size([batch_size] if isinstance(batch_size, int) else batch_size)
@@ -129,6 +136,7 @@ class WorldModelEnv(ModelBasedEnvBase):
         self.done_threshold = done_threshold
         self.initial_state = initial_state
         self.backend = backend
+        self.fused_weights = fused_weights
 
         def taken(spec: TensorSpec) -> TensorSpec:
             spec = rebatch(spec, base_env.batch_dims, self.batch_size)

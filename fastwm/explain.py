@@ -10,7 +10,7 @@ import torch
 from fastwm.backends import requested
 from fastwm.plan import plan_for
 from fastwm.request import NotCapturable, Request
-from fastwm.rollout import NO_FUSED, start_of
+from fastwm.rollout import start_of
 from fastwm.tracing import preserved_random_state
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Explanation:
         passed_over: reason by engine name.
         asked: the backend in force.
         program: the traced step, printed, where there is one.
-        source: the generated loop, where there is one.
+        source: what runs, where there is something to read: the row program, or the generated loop.
     """
 
     engine: str | None
@@ -52,11 +52,9 @@ def explain(env: WorldModelEnv, request: Request) -> Explanation:
     if asked == "eager":
         reason = "backend='eager' was asked for"
         return Explanation("eager", {"fused": reason, "captured": reason}, asked)
-    passed = {"fused": NO_FUSED}
+    passed: dict[str, str] = {}
     program = source = ""
     try:
-        if asked == "fused":
-            raise NotCapturable("backend='fused' was asked for")
         request.refuse(env)
         with preserved_random_state(env.device):
             td = start_of(env, request)
@@ -67,8 +65,17 @@ def explain(env: WorldModelEnv, request: Request) -> Explanation:
             raise NotCapturable("finished rows restart from initial_state")
         program, source = str(plan.traced.graph), plan.loop.source(stop=request.stops)
     except NotCapturable as reason:
-        passed["captured"] = str(reason)
+        passed = {"fused": str(reason), "captured": str(reason)}
         return Explanation("eager" if asked == "auto" else None, passed, asked)
+    if asked == "captured":
+        passed["fused"] = "backend='captured' was asked for"
+    elif plan.fused is None:
+        passed["fused"] = plan.unfused
+        if asked == "fused":
+            passed["captured"] = "backend='fused' was asked for"
+            return Explanation(None, passed, asked, program)
+    elif asked == "fused" or plan.prefers_fused():
+        return Explanation("fused", passed, asked, program, str(plan.fused))
     device = env.device or torch.device("cpu")
     how = " (one CUDA graph per horizon)" if device.type == "cuda" else ""
     if plan.uncompiled:

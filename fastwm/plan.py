@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from tensordict.nn.probabilistic import interaction_type
 from tensordict.nn.utils import skip_existing
 
 from fastwm.assemble import leaves
-from fastwm.engines.captured import CapturedLoop
+from fastwm.engines.captured import CapturedLoop, ChecksFailed
 from fastwm.engines.codegen import step_varying
 from fastwm.engines.cuda_graph import GraphedLoop, graphed_loop
+from fastwm.engines.fused import FusedLoop, NotFusible
 from fastwm.nvtx import annotate
 from fastwm.request import Feed, NotCapturable, Request, same_function
 from fastwm.traced_step import BadCall, Results, StateChanges, TracedStep, trace_step, watch_step
@@ -78,6 +80,8 @@ class Plan:
         draws: the step takes random numbers.
         graphed: the loop behind CUDA graphs, where they apply.
         uncompiled: why the step is not compiled although that was asked for.
+        fused: the step as a row program, where it is one.
+        unfused: why it is not.
     """
 
     traced: TracedStep
@@ -89,6 +93,8 @@ class Plan:
     constants: list[torch.Tensor] = field(default_factory=list)
     kinds: list[tuple] = field(default_factory=list)
     draws: bool = False
+    fused: FusedLoop | None = None
+    unfused: str = ""
 
     def __post_init__(self) -> None:
         self.constants = self.traced.constants()
@@ -109,6 +115,10 @@ class Plan:
         if not self._guard(*self.constants) and self._kinds() != self.kinds:
             return False, "a parameter or buffer changed its dtype, shape, device or gradient flag"
         return True, None
+
+    def prefers_fused(self) -> bool:
+        """Whether ``"auto"`` takes the fused engine."""
+        return self.fused is not None
 
     def flags_vary(self) -> bool:
         """Whether a done flag can differ from step to step: whether there is a done head."""
@@ -403,6 +413,7 @@ def _make(
             )
             _verify(env, plan, td, feed, results, stop)
         plan.graphed = graphed_loop(plan.loop, next(iter(results[0].values())).device)
+        _fuse(env, plan, td, feed, results, wants)
         return plan
     except StateChanges as reason:
         # Once may be a cache that fills itself; a step that does it again is left to the eager path.
@@ -423,6 +434,65 @@ def _make(
         except Exception:  # too large to watch, or not to be looked at
             cache.last_change = str(reason)
             raise reason from None
+
+
+def _fuse(
+    env: WorldModelEnv, plan: Plan, td: TensorDictBase, feed: Feed | None, results: list[Results],
+    wants: bool,
+) -> None:  # fmt: skip
+    """Give the plan its row program; or say why not."""
+    traced = plan.traced
+    inputs: dict[Any, torch.Tensor] = dict(leaves(td))
+    given = dict(inputs)
+    if feed is not None:
+        given.update(zip((("feed", p) for p in feed.paths), feed.template, strict=True))
+    if env.step_compiler() is not None:
+        plan.unfused = "compile=True asks for the captured engine"
+        return
+    try:
+        with annotate("fastwm.lower"):
+            fused = FusedLoop(
+                traced.graph, traced.carried, traced.fed, traced.flags, traced.dim,
+                constants=plan.constants, bf16=env.fused_weights is torch.bfloat16,
+                wanting={n for n, t in given.items() if t.requires_grad} if wants else None,
+            )  # fmt: skip
+            with preserved_random_state(env.device, traced.graph.generators()):
+                _, replayed = fused.run(
+                    len(results), inputs, plan.constants,
+                    None if feed is None else lambda: feed.template, stop=False,
+                )  # fmt: skip
+        problem = _gross_difference(replayed, results, traced.dim, fused.bf16)
+        if problem:
+            raise NotFusible(f"the row program does not give what the step gave: {problem}")
+        plan.fused = fused
+    except (NotFusible, ChecksFailed) as reason:
+        plan.unfused = str(reason) or "an argument check fails"
+
+
+def _gross_difference(
+    replayed: dict[Any, torch.Tensor], results: list[Results], dim: int, bf16: bool
+) -> str:
+    """As :func:`_difference`, for an engine that rounds in another order: only the gross is wrong.
+
+    A choice between near equals (the largest of several, a threshold) may fall the other way in a few rows.
+    """
+    bound = {torch.float64: 1e-9, torch.float32: 1e-1 if bf16 else 1e-4}
+    steps = [(step, *item) for step, result in enumerate(results) for item in result.items()]
+    for step, (_, path), value in steps:
+        got = replayed[path].select(dim, step)
+        if got.shape != value.shape or got.dtype != value.dtype:
+            return f"{path}: {got.dtype}{list(got.shape)} for {value.dtype}{list(value.shape)}"
+        got, value = got.detach(), value.detach()
+        if value.is_floating_point():
+            scale = value.nan_to_num(0.0, 0.0, 0.0).abs().max().item() if value.numel() else 0.0
+            close = bound[value.dtype] * max(1.0, scale)
+            same = torch.isclose(got, value, rtol=0.0, atol=close, equal_nan=True)
+        else:
+            same = got == value
+        rows = same.reshape(math.prod(value.shape[:dim]), -1).all(1)
+        if (~rows).sum().item() > 0.02 * len(rows):
+            return f"{path}: other values at step {step + 1}"
+    return ""
 
 
 def _verify(

@@ -12,6 +12,7 @@ from torchrl.envs.utils import _replace_last
 from fastwm.backends import requested
 from fastwm.engines.captured import ChecksFailed
 from fastwm.engines.cuda_graph import CaptureFailed, graphs_apply
+from fastwm.engines.fused import FusedLoop
 from fastwm.nvtx import annotate
 from fastwm.plan import Plan, cache_of, plan_for, recall, remember, zero_done
 from fastwm.request import Feed, NotCapturable, Request
@@ -20,10 +21,7 @@ from fastwm.tracing import cuda_device
 if TYPE_CHECKING:
     from fastwm.env import WorldModelEnv
 
-__all__ = ["captured_rollout", "rollout"]
-
-# Why the fused engine, first in "auto"'s order, is passed over.
-NO_FUSED = "the fused engine is not part of this version"
+__all__ = ["fast_rollout", "rollout"]
 
 
 def rollout(env: WorldModelEnv, request: Request) -> TensorDictBase:
@@ -35,15 +33,13 @@ def rollout(env: WorldModelEnv, request: Request) -> TensorDictBase:
     name = requested(env.backend)
     if name == "eager":
         return env.eager_rollout(request)
-    if name == "fused":
-        raise RuntimeError(f"backend='fused' cannot run this rollout: {NO_FUSED}.")
-    if name == "captured":
+    if name != "auto":
         try:
-            return captured_rollout(env, request, patient=True)
+            return fast_rollout(env, request, name, patient=True)
         except NotCapturable as reason:
-            raise RuntimeError(f"backend='captured' cannot run this rollout: {reason}.") from reason
+            raise RuntimeError(f"backend={name!r} cannot run this rollout: {reason}.") from reason
     try:
-        return captured_rollout(env, request)
+        return fast_rollout(env, request, name)
     except NotCapturable as reason:
         _warn_once(env, str(reason))
     return env.eager_rollout(request)
@@ -61,10 +57,13 @@ def _warn_once(env: WorldModelEnv, reason: str, engine: str = "eager engine") ->
     )
 
 
-def captured_rollout(
-    env: WorldModelEnv, request: Request, *, patient: bool = False
+def fast_rollout(
+    env: WorldModelEnv, request: Request, engine: str, *, patient: bool = False
 ) -> TensorDictBase:
-    """The rollout on the captured engine.
+    """The rollout from a traced step, on the fused or the captured engine.
+
+    Args:
+        engine: ``"fused"``, ``"captured"``, or ``"auto"`` for the first of them that takes it.
 
     Raises:
         NotCapturable: before anything of the caller's was changed.
@@ -85,7 +84,12 @@ def captured_rollout(
                 remember(env, request, plan, start)
         if plan.uncompiled:
             _warn_once(env, plan.uncompiled, "traced loop, not compiled")
-        return _run(env, request, plan, td, start, feed)
+        if engine == "fused" and plan.fused is None:
+            raise NotCapturable(plan.unfused)
+        fused = (
+            plan.fused if engine == "fused" or (engine == "auto" and plan.prefers_fused()) else None
+        )
+        return _run(env, request, plan, td, start, feed, fused)
     except NotCapturable:
         # The eager path goes on from here: asking initial_state again might give another start.
         if random_state is not None:
@@ -153,7 +157,7 @@ def own_start(env: WorldModelEnv, request: Request) -> TensorDictBase | None:
 
 def _run(
     env: WorldModelEnv, request: Request, plan: Plan, td: TensorDictBase | None, start: dict,
-    feed: Feed | None,
+    feed: Feed | None, fused: FusedLoop | None,
 ) -> TensorDictBase:  # fmt: skip
     traced = plan.traced
     horizon = request.max_steps
@@ -164,7 +168,7 @@ def _run(
     own = [(g, g.get_state()) for g in traced.generators]
     try:
         with annotate("fastwm.replay"):
-            steps, values, feed = _replay(env, request, plan, td, start, feed, horizon, stop)
+            steps, values, feed = _replay(env, request, plan, td, start, feed, fused, horizon, stop)
         if restarts and (steps < horizon or _any_flag(values, traced.flags)):
             raise NotCapturable("finished rows restart from initial_state")
     except (ChecksFailed, NotCapturable) as reason:
@@ -190,8 +194,14 @@ def _run(
 
 def _replay(
     env: WorldModelEnv, request: Request, plan: Plan, td: TensorDictBase | None, start: dict,
-    feed: Feed | None, horizon: int, stop: bool,
+    feed: Feed | None, fused: FusedLoop | None, horizon: int, stop: bool,
 ) -> tuple[int, dict, Feed | None]:  # fmt: skip
+    if fused is not None:
+        draws = feed is not None and feed.draws
+        given = None if feed is None else feed.next
+        return *fused.run(
+            horizon, start, plan.constants, given, stop=stop, draws_feed=draws
+        ), feed  # fmt: skip
     inputs = {path: value.contiguous() for path, value in start.items()}
     # A graph is given all actions ahead of its first step: random ones would be drawn in another order.
     mixed = feed is not None and feed.draws and (stop or plan.traced.graph.draws)

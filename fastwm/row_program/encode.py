@@ -582,7 +582,13 @@ class _Encoder:
 
     def _words(self, line: _Line) -> list[int]:
         out = line.to or (_NOWHERE if line.out is None else self.places[line.out])
-        words = [_CODES.index(line.code), line.sub, *out.words(), len(line.operands), len(line.attributes)]
+        words = [
+            _CODES.index(line.code),
+            line.sub,
+            *out.words(),
+            len(line.operands),
+            len(line.attributes),
+        ]
         for operand in line.operands:
             assert isinstance(operand, _Place)
             words += operand.words()

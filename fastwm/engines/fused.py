@@ -1,0 +1,427 @@
+"""The fused engine: the step as a row program, the whole horizon in one call of the C++ library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fastwm.engines.captured import ChecksFailed, FeedStep, Tensors
+from fastwm.nvtx import annotate
+from fastwm.ops.library import cpu_library
+from fastwm.row_program.executor import Executor
+from fastwm.row_program.gradient import Gradient, differentiate
+from fastwm.row_program.lowering import Lowered, NotLowerable, lower
+from fastwm.row_program.passes import fuse_act
+from fastwm.row_program.program import ProgramError
+from fastwm.step_graph import StepGraph
+
+__all__ = ["FusedLoop", "NotFusible"]
+
+# Steps that run before the flags are looked at, where a flag may end the rollout.
+_BLOCK = 64
+# Up to this many bytes everything that the backward pass needs is saved. Beyond, at most this share of what eager
+# keeps for autograd: with outputs and gradients it stays under a quarter.
+_TAPE_BYTES = 32 << 20
+_TAPE_SHARE = 1 / 7
+
+
+class NotFusible(Exception):
+    """The step is not for this engine; the message names what rules it out."""
+
+
+class FusedLoop:
+    """A traced step, ready to run for any horizon.
+
+    Args:
+        graph: the step; inputs named by path or ``("feed", path)``, outputs ``("td", path)``, ``("state", path)``.
+        carried, fed, flags, dim: as for :class:`fastwm.engines.captured.CapturedLoop`.
+        constants: the graph's, in its order.
+        wanting: names of the graph's inputs that require gradients; None where none are wanted at all.
+        bf16: products with weights rounded to bfloat16 (without gradients).
+
+    Raises:
+        NotFusible: with the one thing that rules it out.
+    """
+
+    def __init__(
+        self,
+        graph: StepGraph,
+        carried: Sequence[Any],
+        fed: Sequence[Any],
+        flags: Sequence[Any],
+        dim: int,
+        *,
+        constants: Sequence[torch.Tensor],
+        wanting: Collection[Any] | None,
+        bf16: bool = False,
+    ) -> None:
+        for meta in graph.metas.values():
+            if meta.device.type != "cpu":
+                raise NotFusible(f"tensors on {meta.device.type}")
+        library = cpu_library()
+        if not library.loaded:
+            raise NotFusible(library.reason)
+        try:
+            self.lowered = lowered = lower(graph, carried, fed, dim)
+            program = fuse_act(lowered.program)
+        except (NotLowerable, ProgramError) as reason:
+            raise NotFusible(str(reason)) from reason
+        self.program = program
+        self.dim = dim
+        self.fed = list(fed)
+        self.flags = list(flags)
+        self.bf16 = bf16
+        self.rows = lowered.rows
+        first = next(iter(graph.inputs.values()))
+        self.batch = tuple(graph.metas[first.index].shape[:dim])
+        self.wanted = _floats_kept(graph) / max(1, self.rows)
+        self.draws = [d for d in lowered.draws if d.name is not None]
+        self.time_major = {n for n in program.inputs if n[0] in ("draw", "feed")}
+        #: Flags that may be true; those that are False by construction end nothing.
+        self.live = [f for f in self.flags if not _never(lowered, f)]
+        self._kinds = {n: _kind(dtype) for n, (_, dtype) in lowered.casts.items()}
+        # In the program's order of uniforms: constants as they are, or what the prologue makes of them.
+        self._direct: list[int] | None = None
+        if lowered.plain and all(
+            constants[u.constant].is_contiguous() and constants[u.constant].dtype is program.dtype
+            for u in lowered.uniforms
+            if u.constant is not None
+        ):
+            self._direct = [u.constant for u in lowered.uniforms if u.constant is not None]
+        self.wrt = self._wrt(constants, wanting) if wanting is not None else []
+        self._modes: dict[Any, _Mode] = {}
+        try:
+            self._plain = self._executor(program, finals=()) if not self.wrt else None
+        except ProgramError as reason:
+            raise NotFusible(str(reason)) from reason
+        if self.wrt:
+            if bf16:
+                raise NotFusible("bfloat16 weights have no gradients")
+            try:
+                self._mode(save_all=True)
+            except ProgramError as reason:
+                raise NotFusible(str(reason)) from reason
+        self._blocks: Executor | None = None
+
+    # -- making executors
+
+    def _wrt(self, constants: Sequence[torch.Tensor], wanting: Collection[Any]) -> list[Any]:
+        with torch.enable_grad():
+            uniforms = dict(zip(self._uniform_names(), self._uniforms(constants), strict=True))
+        found = []
+        for name, given in self.program.inputs.items():
+            if given.role == "uniform":
+                if uniforms[name].requires_grad and name not in self.lowered.frozen:
+                    found.append(name)
+            elif name in wanting or (name[0] == "in" and name[1] in wanting):
+                found.append(name)
+        return found
+
+    def _executor(self, program: Any, *, finals: Collection[Any]) -> Executor:
+        if finals:
+            program = _copied(program, finals)
+        return Executor(program, time_major=self.time_major, kinds=self._kinds, bf16=self.bf16)
+
+    def _mode(self, *, save_all: bool) -> _Mode:
+        """Forward and backward programs that save everything, or that save little and work it out again."""
+        if save_all not in self._modes:
+            budget = None if save_all else self.wanted * _TAPE_SHARE
+            self._modes[save_all] = _Mode(self, budget)
+        return self._modes[save_all]
+
+    # -- running
+
+    def run(
+        self,
+        horizon: int,
+        inputs: Tensors,
+        constants: Sequence[torch.Tensor],
+        feed: FeedStep | None,
+        *,
+        stop: bool,
+        draws_feed: bool = False,
+    ) -> tuple[int, Tensors]:
+        """Run up to ``horizon`` steps: see :meth:`fastwm.engines.captured.CapturedLoop.run`.
+
+        Args:
+            draws_feed: ``feed`` takes numbers from the random generator.
+        """
+        stop = stop and bool(self.live)
+        grad = bool(self.wrt) and torch.is_grad_enabled()
+        if not stop or grad or horizon <= _BLOCK:
+            steps, values, _ = self._block(
+                horizon, inputs, constants, feed, stop, draws_feed, grad, finals=False
+            )
+            return steps, values
+        done, pieces = 0, []
+        while done < horizon:
+            block = min(_BLOCK, horizon - done)
+            steps, values, finals = self._block(
+                block, inputs, constants, feed, stop, draws_feed, grad, finals=True
+            )
+            pieces.append(values)
+            done += steps
+            if steps < block or self._ended(values, steps):
+                break
+            inputs = {**inputs, **finals}
+        if len(pieces) == 1:
+            return done, pieces[0]
+        return done, {k: torch.cat([p[k] for p in pieces], self.dim) for k in pieces[0]}
+
+    def _block(
+        self, horizon: int, inputs: Tensors, constants: Sequence[torch.Tensor], feed: FeedStep | None,
+        stop: bool, draws_feed: bool, grad: bool, *, finals: bool,
+    ) -> tuple[int, Tensors, Tensors]:  # fmt: skip
+        random = bool(self.lowered.draws) or draws_feed
+        states = [(g, g.get_state()) for g in self._generators()] if stop and random else []
+        given = self._drawn(horizon, feed)
+        uniforms = self._uniforms(constants)
+        tensors = []
+        for name, item in self.program.inputs.items():
+            if item.role == "uniform":
+                continue
+            value = given[name] if name in given else inputs[name[1]]
+            tensors.append(value if value.is_contiguous() else value.contiguous())
+        tensors += uniforms
+        after: Tensors = {}
+        with annotate("fastwm.loop"):
+            if grad:
+                results, failed = (
+                    self._mode(save_all=self._save_all(horizon)).run(tensors, horizon),
+                    0,
+                )
+            elif finals:
+                if self._blocks is None:
+                    self._blocks = self._executor(self.program, finals=self._states())
+                outputs, failed = self._blocks.run(tensors, self.rows, horizon)
+                count = len(self.program.outputs)
+                results = outputs[:count]
+                after = {
+                    name[1]: t.reshape(inputs[name[1]].shape).to(inputs[name[1]].dtype)
+                    for name, t in zip(self._states(), outputs[count:], strict=True)
+                }
+            else:
+                executor = self._plain or self._no_grad()
+                results, failed = executor.run(tensors, self.rows, horizon)
+        if failed:
+            raise ChecksFailed
+        values = self._named(results, inputs, horizon)
+        steps = self._stopped(values, horizon) if stop else horizon
+        if steps < horizon:
+            for generator, state in states:
+                generator.set_state(state)
+            if states:
+                self._drawn(steps, feed if draws_feed else None)
+            values = {k: t.narrow(self.dim, 0, steps).clone() for k, t in values.items()}
+        return steps, values, after
+
+    def _no_grad(self) -> Executor:
+        self._plain = self._executor(self.program, finals=())
+        return self._plain
+
+    def _save_all(self, horizon: int) -> bool:
+        width = self._mode(save_all=True).tape_width
+        return width * horizon * self.rows * 4 <= _TAPE_BYTES
+
+    def _states(self) -> list[Any]:
+        return list(self.program.carries)
+
+    def _generators(self) -> list[torch.Generator]:
+        own = [d.generator for d in self.lowered.draws if getattr(d, "generator", None) is not None]
+        return [torch.default_generator, *own]
+
+    def _uniform_names(self) -> list[Any]:
+        return [n for n, i in self.program.inputs.items() if i.role == "uniform"]
+
+    def _uniforms(self, constants: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if self._direct is not None:
+            return [constants[i] for i in self._direct]
+        return [t.contiguous() for t in self.lowered.prologue(constants)]
+
+    def _drawn(self, horizon: int, feed: FeedStep | None) -> dict[Any, torch.Tensor]:
+        """Noise and fed actions of all steps, drawn as the steps would have, by input name."""
+        draws = self.lowered.draws
+        if not draws and feed is None:
+            return {}
+        steps: dict[Any, list[torch.Tensor]] = {d.name: [] for d in draws if d.name is not None}
+        fed: list[Sequence[torch.Tensor]] = []
+        for _ in range(horizon):
+            if feed is not None:
+                fed.append(feed())
+            for draw in draws:
+                noise = draw.sample()
+                if draw.name is not None:
+                    steps[draw.name].append(noise if draw.plain else draw.rows(noise))
+        found = {name: torch.stack(noise) for name, noise in steps.items()}
+        for position, name in enumerate(self.fed if feed is not None else ()):
+            if name in self.program.inputs:
+                found[name] = torch.stack([f[position] for f in fed])
+        return found
+
+    def _named(self, results: Sequence[torch.Tensor], inputs: Tensors, steps: int) -> Tensors:
+        values: Tensors = {}
+        for (name, (inner, dtype)), tensor in zip(self.lowered.casts.items(), results, strict=True):
+            if self.dim != 1 or tensor.shape[2:] != inner:
+                tensor = tensor.reshape(*self.batch, steps, *inner)
+            values[name[1]] = tensor if tensor.dtype is dtype else tensor.to(dtype)
+        for name, source in self.lowered.passed.items():
+            value = inputs[source[1]]
+            shape = (*value.shape[: self.dim], steps, *value.shape[self.dim :])
+            values[name[1]] = value.unsqueeze(self.dim).expand(shape).contiguous()
+        return values
+
+    def _stopped(self, values: Tensors, horizon: int) -> int:
+        """Steps up to and with the first in which a flag is true."""
+        ended = None
+        for _, path in self.live:
+            flag = values[path].detach().movedim(self.dim, 0).reshape(horizon, -1).any(1)
+            ended = flag if ended is None else ended | flag
+        assert ended is not None
+        return int(ended.int().argmax()) + 1 if bool(ended.any()) else horizon
+
+    def _ended(self, values: Tensors, steps: int) -> bool:
+        return any(bool(values[path].select(self.dim, steps - 1).any()) for _, path in self.live)
+
+    def __str__(self) -> str:
+        return str(self.program)
+
+
+@dataclass
+class _Backward:
+    gradient: Gradient
+    executor: Executor
+
+
+class _Mode:
+    """A way of going forward and back: what is saved, what is worked out again."""
+
+    def __init__(self, loop: FusedLoop, budget: float | None) -> None:
+        self.loop = loop
+        program = loop.program
+        self.floats = [
+            n for n, v in program.outputs.items() if program.type(v).kind == "float"
+            and loop._kinds.get(n, "float") == "float"
+        ]  # fmt: skip
+        self.full = differentiate(program, loop.wrt, self.floats, budget=budget)
+        self.forward = loop._executor(self.full.forward, finals=())
+        self.tape_width = self.full.tape_width
+        self.backwards: dict[frozenset[Any], _Backward] = {}
+        self.inputs = list(self.forward.inputs)
+        self.names = list(self.full.forward.outputs)
+        self.reached = [n for n in self.inputs if n in self.full.reached]
+
+    def run(self, tensors: Sequence[torch.Tensor], steps: int) -> Any:
+        results = _Rollout.apply(self, steps, *tensors)
+        return list(results)[: len(self.loop.program.outputs)]
+
+    def backward(self, given: frozenset[Any]) -> _Backward:
+        """The backward program for gradients of these outputs alone."""
+        if given not in self.backwards:
+            gradient = self.full
+            if given != frozenset(self.floats):
+                # Of the forward program as it ran, so that what it saved is there; nothing more can be.
+                gradient = differentiate(self.full.forward, self.loop.wrt, given, budget=0)
+            major = {
+                n for n, s in gradient.saved.items()
+                if s.kind == "input" and s.name in self.loop.time_major
+            }  # fmt: skip
+            self.backwards[given] = _Backward(
+                gradient, Executor(gradient.backward, time_major=major)
+            )
+        return self.backwards[given]
+
+
+class _Rollout(torch.autograd.Function):
+    """The rollout as one node of autograd's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, mode: _Mode, steps: int, *tensors: torch.Tensor) -> Any:
+        plain = [t.detach() for t in tensors]
+        outputs, failed = mode.forward.run(plain, mode.loop.rows, steps)
+        if failed:
+            raise ChecksFailed
+        ctx.mode, ctx.steps = mode, steps
+        ctx.shapes = [t.shape for t in tensors]
+        ctx.set_materialize_grads(False)
+        floats = set(mode.floats)
+        fixed = [t for n, t in zip(mode.names, outputs, strict=True) if n not in floats]
+        ctx.mark_non_differentiable(*fixed)
+        ctx.save_for_backward(*tensors, *outputs)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        mode: _Mode = ctx.mode
+        saved = ctx.saved_tensors
+        inputs = dict(zip(mode.inputs, saved[: len(mode.inputs)], strict=True))
+        outputs = dict(zip(mode.names, saved[len(mode.inputs) :], strict=True))
+        given = {n: g.contiguous() for n, g in zip(mode.names, grads, strict=True) if g is not None}
+        none: list[None] = [None, None]
+        if not given:
+            return (*none, *(None for _ in mode.inputs))
+        how = mode.backward(frozenset(given))
+        found: dict[Any, torch.Tensor] = {}
+        if how.gradient.reached:
+            ready = how.gradient.gather(inputs, outputs, given)
+            order = [ready[n].detach().contiguous() for n in how.executor.inputs]
+            results, _ = how.executor.run(order, mode.loop.rows, ctx.steps, reverse=True)
+            names = [made[0] for made in how.executor._made]
+            found = dict(zip(names, results, strict=True))
+        wanted = ctx.needs_input_grad[2:]
+        back: list[torch.Tensor | None] = []
+        for name, shape, wants in zip(mode.inputs, ctx.shapes, wanted, strict=True):
+            gradient = found.get(("grad", name), found.get(("adjoint", name)))
+            if not wants:
+                back.append(None)
+            elif gradient is None:
+                back.append(None)
+            else:
+                if name in mode.loop.time_major:
+                    gradient = gradient.transpose(0, 1)
+                back.append(gradient.reshape(shape))
+        return (*none, *back)
+
+
+def _copied(program: Any, finals: Collection[Any]) -> Any:
+    return replace(program, finals=list(finals))
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype is torch.bool:
+        return "bool"
+    return "float" if dtype.is_floating_point else "int"
+
+
+def _never(lowered: Lowered, flag: Any) -> bool:
+    """Whether a flag is False by construction."""
+    val = lowered.program.outputs.get(flag)
+    while val is not None:
+        maker = next((i for i in lowered.program.instrs if i.out == val), None)
+        if maker is None:
+            return False
+        if maker.op == "fill":
+            return not maker.attrs["value"]
+        if maker.op not in ("reshape", "index", "cast"):
+            return False
+        val = next(maker.values(), None)
+    return False
+
+
+def _floats_kept(graph: StepGraph) -> float:
+    """Elements per step of what eager keeps for its backward pass: every float that the step computes."""
+    sizes: dict[int, int] = {}
+    for op in graph.ops:
+        for out in op.outputs:
+            if out is None:
+                continue
+            meta = graph.metas[out.index]
+            if meta.dtype.is_floating_point:
+                memory = graph.storage[out.index]
+                sizes[memory] = max(sizes.get(memory, 0), math.prod(meta.shape))
+    return float(sum(sizes.values()))
