@@ -77,6 +77,14 @@ def test_a_part_of_a_loop_value_is_taken_in_the_loop() -> None:
     assert found.crossing == [part]
 
 
+def test_a_widening_movement_stays_after() -> None:
+    p, x, _ = _program()
+    p.carries["x"] = p.emit("tanh", x)
+    wide = p.emit("index", p.carries["x"], map=(0, 1, 2, 3) * 2, shape=(8,))
+    p.outputs["y"] = p.emit("exp", wide)
+    assert _ops(sections(p)) == ([], ["tanh"], ["index", "exp"])
+
+
 def test_weight_gradients_of_a_backward_program_come_after() -> None:
     p, x, s = _program()
     w = p.input("w", "uniform", (4, 8))
