@@ -127,8 +127,8 @@ def _arranger(
     rest = [a.size for a in inner_atoms(dims)]
 
     def arrange(noise: torch.Tensor) -> torch.Tensor:
-        noise = noise.reshape(sizes).permute(perm).reshape(*lead, *rest).expand(*full, *rest)
-        return noise.reshape(rows, *inner)
+        noise = noise.reshape(sizes).permute(perm).reshape((*lead, *rest)).expand((*full, *rest))
+        return noise.reshape((rows, *inner))
 
     return arrange
 
@@ -154,6 +154,8 @@ def _draw(s: Step, c: Call) -> Laid:
         raise NotLowerable(f"aten.{c.name} with parameters that the step computes")
     known = tensors[0].dims if tensors else None
     make = s.redraw(c, meta)
+    if meta.dtype.is_floating_point and meta.dtype is not s.b.program.dtype:
+        return s.unreadable(c, meta, make)
     kind, bound = s.kind(meta), None
     if kind == "int":
         high = c.get("high", c.get("to"))

@@ -147,7 +147,9 @@ def _clamp(s: Step, c: Call) -> Laid:
         low, high = c["min_val"], c["max_val"]
     for name, bound in (("clamp_min", low), ("clamp_max", high)):
         if bound is not None:
-            x = s.b.elementwise(name, x, bound, kind=s.kind(c.out[0]))
+            kind = s.kind(c.out[0])
+            known = s.most(x, bound) if kind == "int" else None
+            x = replace(s.b.elementwise(name, x, bound, kind=kind), bound=known)
     return x
 
 
@@ -155,12 +157,14 @@ def _clamp(s: Step, c: Call) -> Laid:
 def _where(s: Step, c: Call) -> Laid:
     if "other" not in c.given:
         raise NotLowerable("where without values")
-    return s.b.elementwise("where", c["condition"], c["self"], c["other"])
+    out = s.b.elementwise("where", c["condition"], c["self"], c["other"])
+    return replace(out, bound=s.most(c["self"], c["other"]))
 
 
 @lowers("masked_fill")
 def _masked_fill(s: Step, c: Call) -> Laid:
-    return s.b.elementwise("where", c["mask"], c["value"], c["self"])
+    out = s.b.elementwise("where", c["mask"], c["value"], c["self"])
+    return replace(out, bound=s.most(c["value"], c["self"]))
 
 
 @lowers("lerp")

@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 __all__ = ["call_function"]
 
 
-def _torchrl(name: str) -> Any:
-    return getattr(torchrl_utils, name, None)
+def _tanhs(*names: str) -> list[Any]:
+    return [f for name in names if (f := getattr(torchrl_utils, name, None)) is not None]
+
+
+def _limit(s: Step, args: list[Any]) -> float:
+    eps = args[1] if len(args) > 1 and args[1] is not None else None
+    return 1.0 - (torch.finfo(s.b.program.dtype).resolution if eps is None else float(eps))
 
 
 def call_function(s: Step, op: Op, args: list[Any]) -> Laid:
@@ -29,16 +34,14 @@ def call_function(s: Step, op: Op, args: list[Any]) -> Laid:
     """
     cls = getattr(op.target, "__self__", None)
     x = args[0] if args else None
-    if cls is not None and isinstance(x, Laid):
-        eps = args[1] if len(args) > 1 and args[1] is not None else None
-        limit = 1.0 - (torch.finfo(s.b.program.dtype).resolution if eps is None else float(eps))
-        if cls in (_torchrl("_SafeTanh"), _torchrl("_SafeTanhNoEps")):
-            return s.b.unary("safe_tanh", x, limit=limit)
-        if cls in (_torchrl("_SafeaTanh"), _torchrl("_SafeaTanhNoEps")):
-            # atanh within the limits, its gradient passing through them.
-            clipped = s.b.elementwise("clamp_max", s.b.elementwise("clamp_min", x, -limit), limit)
-            x = s.b.elementwise("add", x, s.b.unary("detach", s.b.elementwise("sub", clipped, x)))
-            up, down = s.b.unary("log1p", x), s.b.unary("log1p", s.b.unary("neg", x))
-            return s.b.elementwise("mul", s.b.elementwise("sub", up, down), 0.5)
+    if isinstance(x, Laid) and cls in _tanhs("_SafeTanh", "_SafeTanhNoEps"):
+        return s.b.unary("safe_tanh", x, limit=_limit(s, args))
+    if isinstance(x, Laid) and cls in _tanhs("_SafeaTanh", "_SafeaTanhNoEps"):
+        # atanh within the limits, its gradient passing through them.
+        limit = _limit(s, args)
+        clipped = s.b.elementwise("clamp_max", s.b.elementwise("clamp_min", x, -limit), limit)
+        x = s.b.elementwise("add", x, s.b.unary("detach", s.b.elementwise("sub", clipped, x)))
+        up, down = s.b.unary("log1p", x), s.b.unary("log1p", s.b.unary("neg", x))
+        return s.b.elementwise("mul", s.b.elementwise("sub", up, down), 0.5)
     name = getattr(cls, "__name__", op.name)
     raise NotLowerable(f"custom autograd.Function {name}: its backward has no row-wise form")

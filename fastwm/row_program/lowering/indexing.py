@@ -150,10 +150,8 @@ def _indexed(s: Step, x: Laid, indices: list[Laid | None]) -> Laid:
     if batch & mine:
         raise RowsMix("indexing by positions of other rows")
     inside = {a for i in along for a in x.dims[i]}
-    theirs = {a for a in s.b.batch if a is not None}
     if any(a.kind == "batch" for d in index.dims for a in d) and (inside != batch and x.atoms("batch")):
         raise RowsMix("indexing by positions of other rows")
-    del theirs
     before, after = kept[:first], kept[first:]
     # As a gather: the value with all of the positions' dims in place, the indexed one last of all.
     x_dims = (*before, *[()] * rank, *after, x.dims[dim])
@@ -209,4 +207,5 @@ def _scatter(s: Step, c: Call) -> Laid:
             source = s.narrowed(source, dim, 0, 1)
     if c.name == "scatter_add":
         return s.arith("add", x, s.b.elementwise("mul", hot, source))
-    return s.b.elementwise("where", hot, source, x, kind=x.kind)
+    out = s.b.elementwise("where", hot, source, x, kind=x.kind)
+    return replace(out, bound=s.most(source, x))

@@ -164,7 +164,7 @@ def _lower(
         program=renumbered(program),
         uniforms=uniforms,
         prologue=step.b.nodes.program(uniforms, program.dtype),
-        plain=all(u.constant is not None and u.leaf.plain for u in uniforms),
+        plain=all(u.constant is not None for u in uniforms),
         draws=step.draws,
         casts=casts,
         passed=passed,

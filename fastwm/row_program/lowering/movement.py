@@ -193,20 +193,36 @@ def joined(s: Step, pieces: Sequence[Laid], dim: int) -> Laid:
     others = [p.with_dims((*p.dims[:dim], (), *p.dims[dim + 1 :])) for p in solid]
     cut, maps, dims = align(others, "cat")
     rest = inner_atoms(dims)
-    args = []
+    atom = Atom("inner", sum(p.shape[dim] for p in solid))
+    result = (*dims[:dim], (atom,), *dims[dim + 1 :])
+    natural = inner_atoms(result)
+    args, places, start = [], [], 0
     for piece, own, found in zip(solid, cut, maps, strict=True):
         along = piece.dims[dim]
         order = tuple(found.get(a, a) for a in own.order)
-        laid = replace(piece, order=order)
-        shape = tuple(a.size for a in (*along, *rest))
-        args.append(s.b.ordered(laid, (*along, *rest), shape))
-    total = sum(p.shape[dim] for p in solid)
-    atom = Atom("inner", total)
+        if len(order) != len(rest) + len(along):
+            order = tuple(a for n in natural for a in (along if n is atom else (n,)))
+        sizes = tuple(a.size for a in order)
+        laid = replace(piece, order=tuple(found.get(a, a) for a in own.order))
+        args.append(s.b.ordered(laid, order, sizes))
+        # Where each of its elements stands among all, by the result's dims.
+        here = torch.arange(math.prod(sizes)).reshape(sizes) + start
+        here = here.permute([order.index(a) for a in natural if a is not atom or along
+                             for a in (along if a is atom else (a,))])  # fmt: skip
+        if not along:
+            here = here.unsqueeze(natural.index(atom))
+        places.append(here)
+        start += here.numel()
     val = s.b.program.emit("concat", *args)
+    where = torch.cat(places, natural.index(atom))
+    if not torch.equal(where.flatten(), torch.arange(start)):
+        val = s.b._index(val, where)
+    elif where.dim() > 1:
+        val = s.b.reshaped(val, tuple(where.shape))
     if all(a.index in s.b.quiet for a in args):
         s.b.quiet.add(val.index)
-    return Laid(val, (*dims[:dim], (atom,), *dims[dim + 1 :]), (atom, *rest), solid[0].kind,
-                max((p.bound or math.inf for p in solid), default=None))  # fmt: skip
+    bound = max((p.bound or math.inf for p in solid), default=None)
+    return Laid(val, result, natural, solid[0].kind, bound if bound != math.inf else None)
 
 
 def _same_kind(s: Step, pieces: Sequence[Laid], kind: str) -> list[Laid]:

@@ -26,11 +26,6 @@ class Leaf:
     expand: tuple[int, ...] | None = None
     frozen: bool = False
 
-    @property
-    def plain(self) -> bool:
-        """Nothing is moved: at most the shape is another one."""
-        return self.perm is None and self.expand is None and not self.frozen
-
     def read(self, value: Tensor) -> Tensor:
         if self.frozen:
             value = value.detach()

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fastwm.row_program.lowering.errors import NotLowerable
-from fastwm.row_program.lowering.layout import Atom, Laid
+from fastwm.row_program.lowering.layout import Atom, Fill, Laid
 from fastwm.row_program.lowering.registry import Call, lowers
 from fastwm.row_program.program import Val
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from fastwm.row_program.lowering.step import StepLowering as Step
 
 __all__ = ["reduced"]
+
+_LARGEST_CUMSUM = 256
 
 
 def _dims(x: Laid, given: Any) -> list[int]:
@@ -176,8 +180,6 @@ def _inner(x: Laid) -> tuple[Atom, ...]:
 
 
 def _is_fill(x: Laid) -> bool:
-    from fastwm.row_program.lowering.layout import Fill
-
     return isinstance(x.ref, Fill)
 
 
@@ -186,8 +188,6 @@ def _rms_norm(s: Step, c: Call) -> Any:
     count = len(c["normalized_shape"])
     dims = list(range(len(x.dims) - count, len(x.dims)))
     eps = c.get("eps")
-    import torch
-
     eps = torch.finfo(s.b.program.dtype).eps if eps is None else eps
     mean = reduced(s, "mean", s.b.unary("square", x), dims, True)
     scale = s.b.unary("rsqrt", s.b.elementwise("add", mean, float(eps)))
@@ -237,7 +237,27 @@ def _batch_norm(s: Step, c: Call) -> list[Laid | None]:
     return [out] + [None] * (len(c.out) - 1)
 
 
-@lowers("gru_cell", "_thnn_fused_gru_cell", "cumsum", "cumprod", "prod", "topk", "sort", "median",
+@lowers("cumsum")
+def _cumsum(s: Step, c: Call) -> Laid:
+    """As a product with a triangle of ones."""
+    x = c.x
+    if x.kind != "float":
+        raise NotLowerable("aten.cumsum of integers")
+    dims = _dims(x, c["dim"])
+    if not x.dims or not x.dims[dims[0]]:
+        return x
+    x = s.b.solid(s.b.as_row(x), dims)
+    val, lead, _ = s.b.grouped(x, dims)
+    n = x.shape[dims[0]]
+    if n > _LARGEST_CUMSUM:
+        raise NotLowerable(f"aten.cumsum over {n} entries")
+    ones = s.b.fixed(torch.ones(n, n, dtype=s.b.program.dtype).triu())
+    triangle = s.b.uniform(ones, ones.order, (n, n))
+    out = s.b.program.emit("linear", val, triangle, None, layout="kn")
+    return replace(x, ref=out, order=(*lead, *x.dims[dims[0]]))
+
+
+@lowers("gru_cell", "_thnn_fused_gru_cell", "cumprod", "prod", "topk", "sort", "median",
         "nanmean", "nansum", "kthvalue", "convolution", "nll_loss_forward")  # fmt: skip
 def _refused(s: Step, c: Call) -> Any:
     raise NotLowerable(f"aten.{c.name}: no row-wise form")

@@ -29,6 +29,7 @@ from fastwm.step_graph import Meta, Op, StepGraph, Value, map_values
 __all__ = ["StepLowering"]
 
 _IDENTITY = {"detach", "alias", "lift_fresh", "view", "_unsafe_view", "reshape"}
+_RESHAPES = {"squeeze_", "unsqueeze_", "t_", "transpose_"}
 _LARGEST_LITERAL = 1 << 20
 
 
@@ -56,6 +57,11 @@ class StepLowering:
         self.validated: dict[int, Laid] = {}
         self._strides: dict[int, tuple[int, ...] | None] | None = None
         self.likes = False
+        self.unread: set[int] = set()
+        # What is known of these is their shape at the end.
+        self.reshaped = {
+            v.index for op in graph.ops for v in op.mutates if op.name.split(".")[0] in _RESHAPES
+        }
 
     # -- running
 
@@ -139,7 +145,9 @@ class StepLowering:
             if v is None or laid is None:
                 continue
             meta = self.graph.metas[v.index]
-            if laid.shape != tuple(meta.shape):
+            if v.index in self.unread:
+                continue
+            if laid.shape != tuple(meta.shape) and v.index not in self.reshaped:
                 raise NotLowerable(f"a result of shape {laid.shape} for {tuple(meta.shape)}")
             kind = self.kind(meta, fixed=not laid.is_row)
             if laid.kind != kind:
@@ -236,6 +244,11 @@ class StepLowering:
         most = {"mul": first * second}.get(op, first + second)
         return self.b.bounded(out, most)
 
+    def most(self, *operands: Operand) -> float | None:
+        """How large ints taken from one or the other can be."""
+        bounds = [_bound(o) for o in operands]
+        return None if None in bounds else max(b for b in bounds if b is not None)
+
     def reduced(self, op: str, x: Laid, dims: Sequence[int], keep: bool) -> Laid:
         return reductions.reduced(self, op, x, dims, keep)
 
@@ -282,7 +295,7 @@ class StepLowering:
             return "cpu" if isinstance(tree, torch.device) else tree
 
         with torch.no_grad():
-            found = _functional(c)(**{_python(k): full(v) for k, v in c.given.items()})
+            found = _functional(c)(**{k: full(v) for k, v in c.given.items()})
         found = found if isinstance(found, (list, tuple)) else [found]
         out = []
         for tensor in found:
@@ -312,10 +325,9 @@ class StepLowering:
                     done = True
             return handler(self, c)
         if c.name in ELEMENTWISE:
-            cut, maps, dims = align(tensors, c.name)
-            dims = tuple(tuple(a for a in d) for d in dims)
+            _, _, dims = align(tensors, c.name)
             shape = tuple(math.prod(a.size for a in d if a.kind == "inner") for d in dims)
-        kwargs = {_python(k): self._leaves(v) for k, v in c.given.items()}
+        kwargs = {k: self._leaves(v) for k, v in c.given.items()}
         run = _functional(c)
         frozen = c.op.detached
         out: list[Laid] = []
@@ -392,6 +404,17 @@ class StepLowering:
         empty = self.like(first, shape, given.dtype)
         return lambda: op.target(empty(), *rest, **op.kwargs)
 
+    def unreadable(self, c: Call, meta: Meta, make: Callable[[], torch.Tensor]) -> Laid:
+        """Noise of another dtype: drawn, for what is drawn after it, but not to be read."""
+        (v,) = c.op.outputs
+        assert v is not None
+        what = f"noise of dtype {str(meta.dtype).removeprefix('torch.')} in a step of "
+        self.stale[v.index] = what + str(self.b.program.dtype).removeprefix("torch.")
+        self.unread.add(v.index)
+        shape = tuple(meta.shape)
+        self.draws.append(Draw(None, shape, meta.dtype, False, shape, make, lambda noise: noise))
+        return Laid(Fill(0.0), repeats(shape), ())
+
     def settle(self, carried: Sequence[Any]) -> None:
         """Checks that need the whole step: noise drawn like a value must lie alike at every step."""
         if not self.likes or self._strides is None:
@@ -425,10 +448,6 @@ def _bound(operand: Operand) -> float | None:
     if isinstance(operand.ref, Fill):
         return abs(float(operand.ref.value))
     return operand.bound
-
-
-def _python(name: str) -> str:
-    return name
 
 
 def _functional(c: Call) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fastwm.row_program.passes.dce import dce
 from fastwm.row_program.passes.rewrite import definitions, substituted, with_args
 from fastwm.row_program.program import Instr, Program, Val
 
@@ -48,8 +49,6 @@ def fold(program: Program, *, grad: bool = True) -> Program:
         kept.append(instr)
     out = substituted(program, instead)
     out.instrs = kept
-    from fastwm.row_program.passes.dce import dce
-
     return dce(out)
 
 
@@ -77,6 +76,10 @@ def _through_moves(instr: Instr, made: dict[int, Instr]) -> Instr:
     return instr
 
 
+def _whole(instr: Instr | None) -> bool:
+    return instr is not None and instr.op in ("one_hot", "argmax", "argmin")
+
+
 def _same_as(
     program: Program, instr: Instr, made: dict[int, Instr], grad: bool
 ) -> Val | None:
@@ -92,11 +95,12 @@ def _same_as(
         whole = instr.op == "index" and instr.attrs["map"] == tuple(range(given.width))
         if whole and given.shape == out.shape:
             return x
+        # Every kind is held as a float: whole numbers stay what they are.
         if instr.op == "cast" and (
-            given.kind == out.kind or (given.kind == "bool" or out.kind == "float")
+            given.kind == out.kind
+            or (out.kind != "bool" and (given.kind != "float" or _whole(made.get(x.index))))
         ):
-            # Every kind is held as a float: 0 and 1 stay what they are, ints are whole already.
-            return x if given.kind == out.kind else None
+            return x
         if instr.op == "concat" and len(instr.args) == 1 and given.shape == out.shape:
             return x
         if instr.op == "detach" and not grad:
