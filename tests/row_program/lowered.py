@@ -68,9 +68,7 @@ def lowered_rollout(
         out[name] = value.reshape(*batch, horizon, *inner).to(dtype)
     for name, source in lowered.passed.items():
         value = start[source[1]]
-        out[name] = value.unsqueeze(step.dim).expand(
-            *batch, horizon, *value.shape[len(batch) :]
-        )
+        out[name] = value.unsqueeze(step.dim).expand(*batch, horizon, *value.shape[len(batch) :])
     return out, found.ok
 
 

@@ -37,9 +37,7 @@ def lowering(
         for k, shape in enumerate(inner)
     }
     torch.manual_seed(5)
-    graph, _, _ = trace(
-        lambda given: {("td", ("y",)): fn(*given.values())}, inputs, lambda t: True
-    )
+    graph, _, _ = trace(lambda given: {("td", ("y",)): fn(*given.values())}, inputs, lambda t: True)
     lowered = lower(graph, [], [], len(batch), **kwargs)
     return lowered, [t for _, t in graph.constants], list(inputs.values())
 
@@ -74,7 +72,7 @@ def check(
     result = interpret(program, given, 1)
     assert result.ok
     shape, kind = lowered.casts["td", ("y",)]
-    got = result.outputs["td", ("y",)].reshape(*batch, *shape).to(kind)
+    got = result.outputs["td", ("y",)].reshape((*batch, *shape)).to(kind)
     assert got.shape == want.shape
     assert got.dtype == want.dtype
     torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6, equal_nan=True)
@@ -90,7 +88,8 @@ def ops(lowered: Lowered) -> list[str]:
 UNARY: dict[str, Fn] = {
     name: (lambda x, name=name: getattr(torch, name)(x))
     for name in (
-        "neg", "exp", "expm1", "square", "abs", "sign", "floor", "ceil", "round", "trunc", "sin", "cos", "erf",
+        "neg", "exp", "expm1", "square", "abs", "sign", "floor", "ceil", "round", "trunc", "sin", "cos",
+        "erf",
         "tanh", "sigmoid", "relu", "isnan", "isfinite", "isinf", "logical_not",
     )
 } | {
@@ -133,7 +132,9 @@ UNARY: dict[str, Fn] = {
     "to-int": lambda x: (x * 3).long() * 2 + (x > 0),
     "int-division": lambda x: (x * 9).long() // 2,
     "int-remainder": lambda x: (x * 9).long() % 4,
-    "div-modes": lambda x: torch.div(x, 0.3, rounding_mode="floor") + torch.div(x, 0.3, rounding_mode="trunc"),
+    "div-modes": lambda x: (
+        torch.div(x, 0.3, rounding_mode="floor") + torch.div(x, 0.3, rounding_mode="trunc")
+    ),
     "where-scalar": lambda x: torch.where(x > 0, x, 0.0) + torch.where(x > 0, 1.0, x),
     "nan-stays": lambda x: torch.maximum(x / 0 * 0, x).clamp(0, 1),
     "nothing-done": lambda x: x * 1,
@@ -226,7 +227,9 @@ def test_movement(name: str, batch: tuple[int, ...]) -> None:
 
 
 def test_views_cost_nothing() -> None:
-    lowered = check(lambda x: x.reshape(-1, 6).exp().reshape(x.shape).unsqueeze(0)[0], (3,), [(2, 6)])
+    lowered = check(
+        lambda x: x.reshape(-1, 6).exp().reshape(x.shape).unsqueeze(0)[0], (3,), [(2, 6)]
+    )
     assert ops(lowered) == ["exp"]
 
 
@@ -319,9 +322,11 @@ ENSEMBLES: dict[str, Fn] = {
     "drawn-deep": lambda x, y: torch.bmm(_ensemble(x), P["deep"])[
         torch.randint(7, (x.shape[0],)), torch.arange(x.shape[0])
     ],
-    "gathered": lambda x, y: _ensemble(x)
-    .gather(0, torch.randint(7, (x.shape[0],))[None, :, None].expand(1, -1, 6))
-    .squeeze(0),
+    "gathered": lambda x, y: (
+        _ensemble(x)
+        .gather(0, torch.randint(7, (x.shape[0],))[None, :, None].expand(1, -1, 6))
+        .squeeze(0)
+    ),
     "along-dim": lambda x, y: torch.take_along_dim(
         _ensemble(x).movedim(0, 1), y[:, :1, None].sigmoid().mul(6.99).long().expand(-1, 1, 6), 1
     ).squeeze(1),
@@ -432,7 +437,9 @@ def test_groups_are_sampled_as_eager_samples_them() -> None:
 # ---------------------------------------------------------------- what is refused
 
 
-def refuse(fn: Fn, *says: str, batch: Sequence[int] = (3,), inner: Any = ((5,),), **kwargs: Any) -> None:
+def refuse(
+    fn: Fn, *says: str, batch: Sequence[int] = (3,), inner: Any = ((5,),), **kwargs: Any
+) -> None:
     with pytest.raises(NotLowerable) as error:
         lowering(fn, batch, inner, kwargs.pop("dtype", torch.float32), **kwargs)
     for words in says:
@@ -534,7 +541,7 @@ def test_a_custom_function_is_refused_by_name() -> None:
         return {("td", ("y",)): Double.apply(given["x",])}
 
     graph, _, _ = trace(step, {("x",): torch.randn(3, 5, requires_grad=True)}, lambda t: True)
-    with pytest.raises(NotLowerable, match="custom autograd.Function Double"):
+    with pytest.raises(NotLowerable, match=r"custom autograd\.Function Double"):
         lower(graph, [], [], 1)
 
 
@@ -575,7 +582,7 @@ def test_an_input_that_no_step_changes_is_the_callers_to_copy() -> None:
     )
     lowered = lower(graph, [], [], 1)
     assert lowered.passed == {("td", ("i",)): ("in", ("i",))}
-    assert [n for n in lowered.program.inputs] == [("in", ("x",))]
+    assert list(lowered.program.inputs) == [("in", ("x",))]
 
 
 def test_ints_too_large_fail_a_check() -> None:

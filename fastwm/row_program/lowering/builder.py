@@ -11,7 +11,15 @@ import torch
 
 from fastwm.row_program.lowering.errors import Misfit, NotLowerable, RowsMix
 from fastwm.row_program.lowering.layout import (
-    Atom, Dims, Fill, Fixed, Laid, align, inner_atoms, regrouped, repeats,
+    Atom,
+    Dims,
+    Fill,
+    Fixed,
+    Laid,
+    align,
+    inner_atoms,
+    regrouped,
+    repeats,
 )  # fmt: skip
 from fastwm.row_program.lowering.prologue import Leaf, Nodes, Uniform
 from fastwm.row_program.program import Arg, Program, Val
@@ -60,9 +68,7 @@ class Builder:
             return Laid(Fill(value.item()), repeats(value.shape), (), kind)
         return self.node(self.nodes.literal(value), tuple(value.shape), kind)
 
-    def node(
-        self, number: int, shape: tuple[int, ...], kind: str, frozen: bool = False
-    ) -> Laid:
+    def node(self, number: int, shape: tuple[int, ...], kind: str, frozen: bool = False) -> Laid:
         dims = tuple((Atom("inner", n),) if n > 1 else () for n in shape)
         return Laid(Fixed(number, frozen), dims, inner_atoms(dims), kind)
 
@@ -79,9 +85,7 @@ class Builder:
         assert isinstance(laid.ref, Fixed)
         node, order = laid.ref.node, laid.order
         present = inner_atoms(laid.dims)
-        compact = tuple(
-            math.prod(a.size for a in dim if a.kind == "inner") for dim in laid.dims
-        )
+        compact = tuple(math.prod(a.size for a in dim if a.kind == "inner") for dim in laid.dims)
         perm = None if present == order else tuple(order.index(a) for a in present)
         view = None if perm is None else tuple(a.size for a in order)
         expand = None
@@ -232,7 +236,9 @@ class Builder:
 
     # -- elementwise
 
-    def elementwise(self, op: str, *operands: Operand, kind: str | None = None, **attrs: Any) -> Laid:
+    def elementwise(
+        self, op: str, *operands: Operand, kind: str | None = None, **attrs: Any
+    ) -> Laid:
         """Emit ``op`` on broadcast operands, one of which at least is a row value."""
         given = [o if isinstance(o, Laid) else Laid(Fill(o), (), ()) for o in operands]
         if not any(o.is_row for o in given):
@@ -305,7 +311,9 @@ class Builder:
 
     # -- along a dim
 
-    def grouped(self, x: Laid, dims: Sequence[int]) -> tuple[Val, tuple[Atom, ...], tuple[int, ...]]:
+    def grouped(
+        self, x: Laid, dims: Sequence[int]
+    ) -> tuple[Val, tuple[Atom, ...], tuple[int, ...]]:
         """``[*G, n]``, the entries of these dims last; the atoms of G; and their shape."""
         x = self.solid(self.as_row(x), dims)
         last = tuple(a for d in dims for a in x.dims[d])

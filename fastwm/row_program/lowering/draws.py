@@ -106,9 +106,7 @@ def drawn(
     name = ("draw", len(s.draws))
     val = s.b.program.input(name, "step", inner, kind)
     s.b.quiet.add(val.index)
-    s.draws.append(
-        Draw(name, shape, meta.dtype, plain, inner, make, _arranger(s, dims, inner))
-    )
+    s.draws.append(Draw(name, shape, meta.dtype, plain, inner, make, _arranger(s, dims, inner)))
     laid = Laid(val, dims, order, kind)
     return s.b.bounded(laid, bound) if kind == "int" else laid
 
@@ -133,7 +131,16 @@ def _arranger(
     return arrange
 
 
-_IN_PLACE = {"normal", "uniform", "exponential", "bernoulli", "random", "cauchy", "log_normal", "geometric"}
+_IN_PLACE = {
+    "normal",
+    "uniform",
+    "exponential",
+    "bernoulli",
+    "random",
+    "cauchy",
+    "log_normal",
+    "geometric",
+}
 _LIKE = {"randn_like", "rand_like", "randint_like"}
 _SHAPED = {"randn", "rand", "randint", "normal"}
 
@@ -217,7 +224,9 @@ def _multinomial(s: Step, c: Call) -> Laid:
         return empty().exponential_(1, generator=generator)
 
     p = s.b.as_row(p)
-    noise = drawn(s, make, Meta(torch.Size(shape), dtype, meta.device), s.dims_of([p], shape), "float")
+    noise = drawn(
+        s, make, Meta(torch.Size(shape), dtype, meta.device), s.dims_of([p], shape), "float"
+    )
     last = len(p.dims) - 1
     s.check(s.b.unary("isfinite", p))
     s.check(s.b.elementwise("ge", p, 0.0))

@@ -271,8 +271,7 @@ def _glu(s: Step, c: Call) -> Laid:
     dim = c["dim"] % len(c.x.dims)
     half = c.x.shape[dim] // 2
     a, b = (
-        s.b.picked(c.x, lambda t, k=k: t.narrow(dim, k * half, half), [dim], [dim])
-        for k in (0, 1)
+        s.b.picked(c.x, lambda t, k=k: t.narrow(dim, k * half, half), [dim], [dim]) for k in (0, 1)
     )
     return s.b.elementwise("mul", a, s.b.unary("sigmoid", b))
 
@@ -282,7 +281,8 @@ ELEMENTWISE = {
     *_UNARY, *_COMPARE, *_LOGIC, "add", "sub", "rsub", "subtract", "mul", "multiply", "div", "divide",
     "true_divide", "floor_divide", "remainder", "pow", "maximum", "minimum", "fmax", "fmin", "clamp", "clip",
     "clamp_min", "clamp_max", "hardtanh", "where", "masked_fill", "lerp", "addcmul", "addcdiv", "softplus",
-    "gelu", "leaky_relu", "elu", "celu", "selu", "hardsigmoid", "hardswish", "log2", "log10", "logit", "atanh",
+    "gelu", "leaky_relu", "elu", "celu", "selu", "hardsigmoid", "hardswish", "log2", "log10", "logit",
+    "atanh",
     "isinf", "isclose", "nan_to_num", "asinh", "acosh", "sinh", "cosh", "tan", "atan", "asin", "acos", "erfc",
     "erfinv", "exp2", "lgamma", "digamma", "log_sigmoid", "_to_copy",
 }  # fmt: skip

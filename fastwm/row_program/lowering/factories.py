@@ -34,8 +34,7 @@ def _filled(s: Step, c: Call, like: Laid | None) -> Laid:
     dims = repeats(meta.shape)
     if like is not None:
         dims = tuple(
-            tuple(a if a.kind == "batch" else Atom("repeat", a.size) for a in d)
-            for d in like.dims
+            tuple(a if a.kind == "batch" else Atom("repeat", a.size) for a in d) for d in like.dims
         )
     kind = s.kind(meta)
     make = {"float": float, "int": int, "bool": bool}[kind]

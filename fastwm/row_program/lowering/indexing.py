@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -122,6 +122,9 @@ def _indexed(s: Step, x: Laid, indices: list[Laid | None]) -> Laid:
                 dims = tuple(here if d else () for d in index.dims)
                 along[i] = Laid(Fill(0), dims, (), "int")
                 del given[i]
+        elif known is not None and not here and len(indices) > 1 and not known.any():
+            along[i] = replace(index, ref=Fill(0))  # a batch of one
+            del given[i]
     if not given:
         raise RowsMix("indexing the batch dim")
     fixed = {i: s.b.literal(t) for i, t in given.items() if not t.is_row}
@@ -140,7 +143,7 @@ def _indexed(s: Step, x: Laid, indices: list[Laid | None]) -> Laid:
         raise RowsMix("indexing the batch dim by computed positions")
     # Common dims of all positions; they come first unless the indexed dims are neighbours.
     operands = [index, *along.values()]
-    _, maps, dims = align(operands, "indexing")
+    _, _, dims = align(operands, "indexing")
     rank = len(dims)
     neighbours = places == list(range(places[0], places[-1] + 1))
     first = places[0] if neighbours else 0
@@ -150,7 +153,9 @@ def _indexed(s: Step, x: Laid, indices: list[Laid | None]) -> Laid:
     if batch & mine:
         raise RowsMix("indexing by positions of other rows")
     inside = {a for i in along for a in x.dims[i]}
-    if any(a.kind == "batch" for d in index.dims for a in d) and (inside != batch and x.atoms("batch")):
+    if any(a.kind == "batch" for d in index.dims for a in d) and (
+        inside != batch and x.atoms("batch")
+    ):
         raise RowsMix("indexing by positions of other rows")
     before, after = kept[:first], kept[first:]
     # As a gather: the value with all of the positions' dims in place, the indexed one last of all.

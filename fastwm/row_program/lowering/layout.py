@@ -179,9 +179,7 @@ def align(
     maps: list[dict[Atom, Atom]] = [{} for _ in operands]
     dims: list[tuple[Atom, ...]] = []
     for position in range(rank):
-        queues = {
-            k: list(dim[position])[::-1] for k, dim in enumerate(padded) if dim[position]
-        }
+        queues = {k: list(dim[position])[::-1] for k, dim in enumerate(padded) if dim[position]}
         origin = {k: {a: a for a in queue} for k, queue in queues.items()}
         made: list[Atom] = []
         while any(queues.values()):

@@ -28,8 +28,8 @@ class Lowered:
     """A step as a row program, and how to get what it takes and to read what it gives.
 
     Attributes:
-        program: inputs ``("in", path)``, ``("feed", path)``, ``("draw", i)``, ``("const", i)``; outputs by the
-            graph's names ``("td", path)``; carries ``("in", path)``.
+        program: inputs ``("in", path)``, ``("feed", path)``, ``("draw", i)``, ``("const", i)``; outputs by
+            the graph's names ``("td", path)``; carries ``("in", path)``.
         uniforms: where each uniform comes from, in the program's order.
         prologue: the graph's constants, in its order -> the uniforms' tensors, in the program's dtype.
         plain: the prologue computes nothing: every uniform is a constant.
@@ -90,7 +90,9 @@ def lower(
             error = error or mix
             if not step.options:
                 break
-            first.options = step.options if len(step.options) > len(first.options) else first.options
+            first.options = (
+                step.options if len(step.options) > len(first.options) else first.options
+            )
     assert error is not None
     raise error
 
@@ -130,7 +132,9 @@ def _short(dtype: torch.dtype) -> str:
 def _lower(
     step: StepLowering, graph: StepGraph, carried: list[Any], fed: list[Any], optimised: bool
 ) -> Lowered:
-    roles = {n: "carry" if n in carried else "step" if n in fed else "context" for n in graph.inputs}
+    roles = {
+        n: "carry" if n in carried else "step" if n in fed else "context" for n in graph.inputs
+    }
     # Copied from the input by the caller, bit for bit.
     unchanged = {v.index: n for n, v in graph.inputs.items() if roles[n] == "context"}
     passed = {
@@ -214,8 +218,7 @@ def _as_output(step: StepLowering, laid: Laid, name: Any) -> Val:
     if isinstance(laid.ref, Fixed):
         laid = step.b.as_row(laid)
     atoms = [a for d in rest for a in d]
-    val = step.b.ordered(laid, atoms, shape)
-    return val
+    return step.b.ordered(laid, atoms, shape)
 
 
 def _drop_unused(program: Program) -> set[Any]:

@@ -11,7 +11,13 @@ import torch
 
 from fastwm.row_program.lowering.errors import NotLowerable
 from fastwm.row_program.lowering.layout import (
-    Atom, Fill, Fixed, Laid, align, inner_atoms, repeats,
+    Atom,
+    Fill,
+    Fixed,
+    Laid,
+    align,
+    inner_atoms,
+    repeats,
 )  # fmt: skip
 from fastwm.row_program.lowering.registry import Call, lowers
 

@@ -39,7 +39,9 @@ def _matrix(s: Step, w: Laid, lead: tuple[Atom, ...]) -> tuple[Val, str]:
     assert isinstance(w.ref, Fixed)
     if w.order == (*lead, *n, *k) and w.order != (*lead, *k, *n):
         return s.b.uniform(w, w.order, (*sizes, size_n, size_k)), "nk"
-    if size_n == 1 and not n:  # one column: the same elements either way, and this way is a plain Linear's
+    if (
+        size_n == 1 and not n
+    ):  # one column: the same elements either way, and this way is a plain Linear's
         return s.b.uniform(w, (*lead, *k), (*sizes, 1, size_k)), "nk"
     return s.b.uniform(w, (*lead, *k, *n), (*sizes, size_k, size_n)), "kn"
 
@@ -65,7 +67,6 @@ def _product(s: Step, x: Laid, w: Laid, bias: Laid | None = None) -> Laid:
         x = s.b.as_row(x)
     if isinstance(w.ref, Fixed) and not any(a.kind == "batch" for a in w.atoms()):
         x = _single(s, s.b.as_row(x), 1, "a matrix product")
-        w, x = _meeting(s, w, x)
         val, lead = s.b.grouped(x, [1])[:2]
         if not x.dims[1]:  # one feature
             val = s.b.reshaped(val, (*s.b.program.type(val).shape[:-1], 1))
@@ -75,8 +76,8 @@ def _product(s: Step, x: Laid, w: Laid, bias: Laid | None = None) -> Laid:
         dims = (x.dims[0], atom)
         found = _bias(s, bias, dims, 0)
         b = None if found is None or bias is None else s.b.uniform(bias, found, (n,))
-        out = s.b.program.emit("linear", val, matrix, b, layout=layout)
-        made = Laid(out, dims, (*lead, *atom))
+        result = s.b.program.emit("linear", val, matrix, b, layout=layout)
+        made = Laid(result, dims, (*lead, *atom))
         return made if bias is None or b is not None else s.arith("add", made, bias)
     if isinstance(x.ref, Fixed) and not any(a.kind == "batch" for a in x.atoms()):
         out = _flipped(_product(s, _flipped(w), _flipped(x)))
@@ -84,11 +85,6 @@ def _product(s: Step, x: Laid, w: Laid, bias: Laid | None = None) -> Laid:
     out = _of_rows(s, x.with_dims(((), *x.dims)), w.with_dims(((), *w.dims)))
     out = out.with_dims(out.dims[1:])
     return out if bias is None else s.arith("add", out, bias)
-
-
-def _meeting(s: Step, w: Laid, x: Laid) -> tuple[Laid, Laid]:
-    """The matrix with its feature dim as one piece where the row's is."""
-    return w, x
 
 
 def _of_rows(s: Step, x: Laid, w: Laid) -> Laid:
@@ -116,7 +112,7 @@ def _batched(s: Step, x: Laid, w: Laid, bias: Laid | None = None) -> Laid:
             return out if bias is None else s.arith("add", out, bias)
         x = _single(s, s.b.as_row(x), 2, "a matrix product")
         only = [x.with_dims(x.dims[:1]), w.with_dims(w.dims[:1])]
-        (xc, wc), maps, dims = align(only, "a product with one matrix per group")
+        (xc, wc), _, dims = align(only, "a product with one matrix per group")
         x = replace(x, dims=(xc.dims[0], *x.dims[1:]), order=xc.order)
         w = replace(w, dims=(wc.dims[0], *w.dims[1:]), order=wc.order)
         groups = [a for a in dims[0] if a.kind == "inner"]
@@ -136,13 +132,13 @@ def _batched(s: Step, x: Laid, w: Laid, bias: Laid | None = None) -> Laid:
         matrix, layout = _matrix_of_members(s, w, tuple(members), count)
         n = w.shape[2]
         atom = (Atom("inner", n),) if n > 1 else ()
-        result = (dims[0], x.dims[1], atom)
-        found = _bias(s, bias, result, 1)
+        laid_out = (dims[0], x.dims[1], atom)
+        found = _bias(s, bias, laid_out, 1)
         b = None
         if found is not None and bias is not None:
             b = s.b.uniform(bias, found, (count, n))
-        out = s.b.program.emit("grouped_linear", val, matrix, b, layout=layout)
-        made = Laid(out, result, (*groups, *atom))
+        result = s.b.program.emit("grouped_linear", val, matrix, b, layout=layout)
+        made = Laid(result, laid_out, (*groups, *atom))
         return made if bias is None or b is not None else s.arith("add", made, bias)
     if isinstance(x.ref, Fixed) and not any(a.kind == "batch" for a in x.atoms()):
         out = _flipped(_batched(s, _flipped(w), _flipped(x)))
@@ -151,9 +147,7 @@ def _batched(s: Step, x: Laid, w: Laid, bias: Laid | None = None) -> Laid:
     return out if bias is None else s.arith("add", out, bias)
 
 
-def _matrix_of_members(
-    s: Step, w: Laid, members: tuple[Atom, ...], count: int
-) -> tuple[Val, str]:
+def _matrix_of_members(s: Step, w: Laid, members: tuple[Atom, ...], count: int) -> tuple[Val, str]:
     val, layout = _matrix(s, w, members)
     shape = s.b.program.type(val).shape
     if len(shape) != 3:

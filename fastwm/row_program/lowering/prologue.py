@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Leaf:
-    """A node as it is read: ``node.reshape(view).permute(perm).reshape(shape).expand(expand)``; None: as is."""
+    """A node as it is read: ``node.reshape(view).permute(perm).reshape(shape).expand(expand)``."""
 
     node: int
     view: tuple[int, ...] | None = None

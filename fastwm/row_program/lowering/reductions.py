@@ -34,7 +34,7 @@ def reduced(s: Step, op: str, x: Laid, dims: Sequence[int], keep: bool) -> Laid:
     x = s.b.as_row(x)
     if not x.dims:
         dims = []
-    val, lead, shape = s.b.grouped(x, dims)
+    val, lead, _ = s.b.grouped(x, dims)
     out = s.b.program.emit(op, val)
     left = [() if i in dims else d for i, d in enumerate(x.dims) if keep or i not in dims]
     kind = "int" if op.startswith("arg") else x.kind if op in ("max", "min") else "float"
@@ -69,7 +69,7 @@ def _max(s: Step, c: Call) -> Any:
     if x.kind != "float":
         return [reduced(s, c.name, x, dims, c["keepdim"]), index]
     # By its position: the gradient goes to that element alone, as in torch.
-    val, lead, shape = s.b.grouped(x, dims)
+    val, _, shape = s.b.grouped(x, dims)
     n = s.b.program.type(val).shape[-1]
     assert isinstance(index.ref, Val)
     at = s.b.reshaped(index.ref, shape)
@@ -201,7 +201,7 @@ def _rms_norm(s: Step, c: Call) -> Any:
 def _group_norm(s: Step, c: Call) -> list[Laid | None]:
     x, w, b, groups = c["input"], c["weight"], c["bias"], c["group"]
     shape = x.shape
-    lead = [shape[0], groups, math.prod(shape[1:]) // groups]
+    lead = (shape[0], groups, math.prod(shape[1:]) // groups)
     split = s.view(x, lead)
     split = s.b.solid(s.b.as_row(split), [2])
     last = split.dims[2]

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from fastwm.row_program.lowering import (  # noqa: F401  (registers the ops)
-    draws, elementwise, factories, indexing, movement, products, reductions,
+    draws,
+    elementwise,
+    factories,
+    indexing,
+    movement,
+    products,
+    reductions,
 )  # fmt: skip
 from fastwm.row_program.lowering.builder import Builder, Operand, kind_of
 from fastwm.row_program.lowering.draws import Draw, placements
@@ -18,7 +24,14 @@ from fastwm.row_program.lowering.elementwise import ELEMENTWISE
 from fastwm.row_program.lowering.errors import NotLowerable, RowsMix
 from fastwm.row_program.lowering.functions import call_function
 from fastwm.row_program.lowering.layout import (
-    Atom, Dims, Fill, Fixed, Laid, align, inner_atoms, repeats,
+    Atom,
+    Dims,
+    Fill,
+    Fixed,
+    Laid,
+    align,
+    inner_atoms,
+    repeats,
 )  # fmt: skip
 from fastwm.row_program.lowering.prologue import Leaf
 from fastwm.row_program.lowering.registry import HANDLERS, LAYOUT_ONLY, Call
@@ -162,7 +175,9 @@ class StepLowering:
                 for source in op.inputs():
                     if self.graph.storage.get(source.index) == self.graph.storage.get(v.index):
                         base = op.name.split(".")[0]
-                        same = base in _IDENTITY and self.graph.metas[source.index].shape == meta.shape
+                        same = (
+                            base in _IDENTITY and self.graph.metas[source.index].shape == meta.shape
+                        )
                         self.parents[v.index] = (source.index, id(op), position, same)
                         break
 
@@ -423,7 +438,9 @@ class StepLowering:
             v = self.graph.outputs["state", path]
             shape = tuple(self.graph.metas[v.index].shape)
             if not row_major(shape, self._strides.get(v.index)):
-                raise NotLowerable(f"noise drawn like a value, and {path} changes its memory layout")
+                raise NotLowerable(
+                    f"noise drawn like a value, and {path} changes its memory layout"
+                )
 
 
 def _laids(tree: Any) -> list[Laid]:

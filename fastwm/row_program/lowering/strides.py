@@ -43,9 +43,9 @@ def strides_of(graph: StepGraph) -> dict[int, tuple[int, ...] | None]:
         except Exception:
             found = [None] * len(op.outputs)
         found = found if isinstance(found, (tuple, list)) else [found]
-        for v, tensor in zip(op.outputs, found, strict=False):
-            if v is not None:
-                values[v.index] = tensor if isinstance(tensor, torch.Tensor) else None
+        for result, tensor in zip(op.outputs, found, strict=False):
+            if result is not None:
+                values[result.index] = tensor if isinstance(tensor, torch.Tensor) else None
     return {i: None if t is None else t.stride() for i, t in values.items()}
 
 

@@ -69,7 +69,9 @@ class _Early:
                 if len(type.shape) == 2 and self.program.type(i).shape == ():
                     positions = torch.arange(type.width).reshape(type.shape)
                     taken = self.pick(x, positions, instead.get(i.index, i))
-                    instead[instr.out.index] = self.shaped(taken, self.program.type(instr.out).shape)
+                    instead[instr.out.index] = self.shaped(
+                        taken, self.program.type(instr.out).shape
+                    )
                     continue
             self.out.instrs.append(instr)
         out = substituted(self.out, instead)
@@ -173,20 +175,25 @@ class _Early:
         return pieces[0] if len(pieces) == 1 else self.emit("concat", *pieces)
 
     def along(self, instr: Instr, positions: torch.Tensor, i: Val) -> Val | None:
-        """Norms and softmax: whole groups or nothing."""
+        """Norms and softmax: the groups that are read, whole, and of these the entries that are."""
         x = instr.args[0]
         assert isinstance(x, Val)
         n = self.program.type(x).shape[-1]
-        members, count = positions.shape
-        if count % n:
+        group, entry = positions // n, positions % n
+        if not bool((entry == entry[0]).all()):
             return None
-        groups = positions.reshape(members, -1, n)
-        whole = groups[..., :1] + torch.arange(n)
-        if not torch.equal(groups, whole) or bool((groups[..., 0] % n).any()):
-            return None
-        picked = self.shaped(self.pick(x, positions, i), (count // n, n))
+        # Groups that the columns read, each a list of one group per member.
+        columns = [tuple(column.tolist()) for column in group.T]
+        wanted = list(dict.fromkeys(columns))
+        whole = torch.tensor(wanted).T.unsqueeze(-1) * n + torch.arange(n)
+        picked = self.shaped(self.pick(x, whole.flatten(1), i), (len(wanted), n))
         out = self.emit(instr.op, picked, *instr.args[1:], **instr.attrs)
-        return self.shaped(out, (count,))
+        read = tuple(
+            wanted.index(c) * n + e for c, e in zip(columns, entry[0].tolist(), strict=True)
+        )
+        if read == tuple(range(len(wanted) * n)):
+            return self.shaped(out, (len(read),))
+        return self.emit("index", out, map=read, shape=(len(read),))
 
     def layer(self, instr: Instr, positions: torch.Tensor, i: Val) -> Val | None:
         assert instr.out is not None

@@ -76,13 +76,11 @@ def _through_moves(instr: Instr, made: dict[int, Instr]) -> Instr:
     return instr
 
 
-def _whole(instr: Instr | None) -> bool:
-    return instr is not None and instr.op in ("one_hot", "argmax", "argmin")
+def _whole(instr: Instr | None, ops: tuple[str, ...] = ("one_hot", "argmax", "argmin")) -> bool:
+    return instr is not None and instr.op in ops
 
 
-def _same_as(
-    program: Program, instr: Instr, made: dict[int, Instr], grad: bool
-) -> Val | None:
+def _same_as(program: Program, instr: Instr, made: dict[int, Instr], grad: bool) -> Val | None:
     """The value that the instruction only repeats."""
     if instr.out is None:
         return None
@@ -101,6 +99,9 @@ def _same_as(
             or (out.kind != "bool" and (given.kind != "float" or _whole(made.get(x.index))))
         ):
             return x
+        if instr.op == "where" and instr.args[1:] == (1.0, 0.0):
+            if given.kind == "bool" or _whole(made.get(x.index), ("one_hot",)):
+                return x if given.shape == out.shape else None
         if instr.op == "concat" and len(instr.args) == 1 and given.shape == out.shape:
             return x
         if instr.op == "detach" and not grad:
