@@ -104,3 +104,25 @@ def test_the_command_records_peaks_of_a_rollout(
     assert isinstance(captured, rows.MemoryRow)
     # What the project promises, with a page or two of slack for Python's own objects.
     assert captured.peak_bytes <= captured.output_bytes + captured.step_bytes + MIB
+
+
+@linux
+def test_the_command_records_peaks_with_gradients(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status = cli.main(
+        "--memory --direction backward --batch 512 --horizon 4 --providers fastwm-captured "
+        f"--no-plot --results {tmp_path}".split()
+    )
+    printed = capfd.readouterr().out
+    assert status == 0, printed
+    reference, captured = rows.read(tmp_path / "mlp.jsonl")
+    assert isinstance(reference, rows.MemoryRow)
+    assert isinstance(captured, rows.MemoryRow)
+    assert reference.vs_reference == 1
+    assert captured.vs_reference == captured.peak_bytes / reference.peak_bytes
+    # Activations of four steps, at least what autograd keeps of each layer, and all of it torch's.
+    for row in (reference, captured):
+        assert row.torch_bytes is not None
+        assert 4 * row.step_bytes / 2 < row.torch_bytes < row.peak_bytes + MIB
+    assert f"{captured.vs_reference:.2f}" in printed

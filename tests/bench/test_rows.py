@@ -69,3 +69,11 @@ def test_nothing_is_written_when_a_row_does_not_fit(tmp_path: Path) -> None:
 def test_a_number_that_is_none_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         rows.append(tmp_path / "mlp.jsonl", [time_row(median_ms=float("nan"))])
+
+
+def test_a_field_that_came_later_may_be_absent(tmp_path: Path) -> None:
+    raw = asdict(time_row(gflop_done=3.0))
+    del raw["gflop_done"]
+    found = rows.parse(raw)
+    assert isinstance(found, rows.TimeRow)
+    assert found.gflop_done is None
