@@ -9,6 +9,7 @@
 
 namespace {
 
+using fastwm::Form;
 using fastwm::Layout;
 using fastwm::Matrix;
 using fastwm::Product;
@@ -250,10 +251,199 @@ void product_of(const Product<T>& p) {
   }
 }
 
+// ------------------------------------------------------------------ few rows: matrices as they are
+//
+// With one or two rows a product costs what reading the matrix costs, and packing would read it once more.
+
+template <typename T>
+FASTWM_INLINE Vec<T> load_part(const T* p, int64_t n) { // n < lanes elements, then zeros
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  } else {
+    return (Vec<T>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+  }
+#else
+  T part[Lanes<T>::count] = {};
+  memcpy(part, p, n * sizeof(T));
+  return load<T>(part);
+#endif
+}
+
+// The sums over the lanes of four vectors.
+template <typename T>
+FASTWM_INLINE void sums_of_four(const Vec<T>* v, T* out) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    const __m512 four = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                                      _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
+    return;
+  }
+#endif
+  for (int i = 0; i < 4; ++i) {
+    out[i] = sum_lanes<T>(v[i]);
+  }
+}
+
+// c[MR][NB] of a matrix [N, K]: dot products of rows with rows.
+template <typename T, int MR, int NB>
+FASTWM_INLINE void dot_block(int64_t k, const T* a, int64_t lda, const T* w, const T* bias, T* c, int64_t ldc) {
+  constexpr int lanes = Lanes<T>::count;
+  Vec<T> acc[MR][NB];
+#pragma GCC unroll 4
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < NB; ++j) {
+      acc[i][j] = spread<T>(0);
+    }
+  }
+  auto add = [&](auto at, int64_t p) __attribute__((always_inline)) {
+    Vec<T> x[MR];
+#pragma GCC unroll 4
+    for (int i = 0; i < MR; ++i) {
+      x[i] = at(a + i * lda + p);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < NB; ++j) {
+      const Vec<T> y = at(w + j * k + p);
+#pragma GCC unroll 4
+      for (int i = 0; i < MR; ++i) {
+        acc[i][j] = fma<Vec<T>>(x[i], y, acc[i][j]);
+      }
+    }
+  };
+  int64_t p = 0;
+  for (; p + lanes <= k; p += lanes) {
+    add([](const T* q) __attribute__((always_inline)) { return load<T>(q); }, p);
+  }
+  if (p < k) {
+    const int64_t rest = k - p;
+    add([rest](const T* q) __attribute__((always_inline)) { return load_part<T>(q, rest); }, p);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < MR; ++i) {
+    T sums[NB < 4 ? 4 : NB];
+    if constexpr (NB % 4 == 0) {
+#pragma GCC unroll 2
+      for (int j = 0; j < NB; j += 4) {
+        sums_of_four<T>(&acc[i][j], sums + j);
+      }
+    } else {
+      for (int j = 0; j < NB; ++j) {
+        sums[j] = sum_lanes<T>(acc[i][j]);
+      }
+    }
+    for (int j = 0; j < NB; ++j) {
+      c[i * ldc + j] = bias ? sums[j] + bias[j] : sums[j];
+    }
+  }
+}
+
+template <typename T, int MR>
+void dot_rows(const Product<T>& p, int64_t row) {
+  constexpr int NB = MR == 1 ? 8 : 4;
+  const T* w = static_cast<const T*>(p.b);
+  const T* a = p.a + row * p.lda;
+  T* c = p.c + row * p.ldc;
+  int64_t n = 0;
+  for (; n + NB <= p.n; n += NB) {
+    dot_block<T, MR, NB>(p.k, a, p.lda, w + n * p.k, p.bias ? p.bias + n : nullptr, c + n, p.ldc);
+  }
+  for (; n < p.n; ++n) {
+    dot_block<T, MR, 1>(p.k, a, p.lda, w + n * p.k, p.bias ? p.bias + n : nullptr, c + n, p.ldc);
+  }
+}
+
+// c[MR][NV vectors] of a matrix [K, N], columns from `b` on.
+template <typename T, int MR, int NV>
+FASTWM_INLINE void column_block(const Product<T>& p, const T* a, const T* b, const T* bias, T* c) {
+  constexpr int lanes = Lanes<T>::count;
+  Vec<T> acc[MR][NV];
+#pragma GCC unroll 4
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      acc[i][j] = bias ? load<T>(bias + j * lanes) : spread<T>(0);
+    }
+  }
+  for (int64_t k = 0; k < p.k; ++k) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      const Vec<T> y = load<T>(b + j * lanes);
+#pragma GCC unroll 4
+      for (int i = 0; i < MR; ++i) {
+        acc[i][j] = fma<Vec<T>>(spread<T>(a[i * p.lda + k]), y, acc[i][j]);
+      }
+    }
+    b += p.n;
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      store<T>(c + i * p.ldc + j * lanes, acc[i][j]);
+    }
+  }
+}
+
+template <typename T, int MR>
+void column_rows(const Product<T>& p, int64_t row) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  const T* w = static_cast<const T*>(p.b);
+  const T* a = p.a + row * p.lda;
+  T* c = p.c + row * p.ldc;
+  if (p.n < lanes) {
+    for (int i = 0; i < MR; ++i) {
+      for (int64_t n = 0; n < p.n; ++n) {
+        T s = p.bias ? p.bias[n] : T(0);
+        for (int64_t k = 0; k < p.k; ++k) {
+          s += a[i * p.lda + k] * w[k * p.n + n];
+        }
+        c[i * p.ldc + n] = s;
+      }
+    }
+    return;
+  }
+  auto bias = [&](int64_t n) { return p.bias ? p.bias + n : nullptr; };
+  int64_t n = 0;
+  for (; n + 4 * lanes <= p.n; n += 4 * lanes) {
+    column_block<T, MR, 4>(p, a, w + n, bias(n), c + n);
+  }
+  for (; n + lanes <= p.n; n += lanes) {
+    column_block<T, MR, 1>(p, a, w + n, bias(n), c + n);
+  }
+  if (n < p.n) { // the last vector, over some columns a second time
+    n = p.n - lanes;
+    column_block<T, MR, 1>(p, a, w + n, bias(n), c + n);
+  }
+}
+
+template <typename T>
+void raw_product(const Product<T>& p) {
+  const bool nk = p.form == Form::kNk;
+  for (int64_t row = 0; row < p.rows; row += 4) {
+    switch (p.rows - row) {
+      case 1: nk ? dot_rows<T, 1>(p, row) : column_rows<T, 1>(p, row); break;
+      case 2: nk ? dot_rows<T, 2>(p, row) : column_rows<T, 2>(p, row); break;
+      case 3: nk ? dot_rows<T, 3>(p, row) : column_rows<T, 3>(p, row); break;
+      default: nk ? dot_rows<T, 4>(p, row) : column_rows<T, 4>(p, row); break;
+    }
+  }
+  activate<T>(p, p.c, p.rows, fastwm::padded(p.n));
+}
+
 template <typename T>
 void product(const Product<T>& p) {
+  if (p.form == Form::kKn || p.form == Form::kNk) {
+    return raw_product<T>(p);
+  }
   if constexpr (sizeof(T) == 4) {
-    if (p.bf16) {
+    if (p.form == Form::kPanelsBf16) {
       return product_of<T, Rounded>(p);
     }
   }

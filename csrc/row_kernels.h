@@ -40,6 +40,9 @@ struct Operand {
 // A matrix as it lies in the caller's memory.
 enum class Layout : int64_t { kKn, kNk };
 
+// The same or, packed, panels of a few vectors of columns, each [K, columns of the panel]; perhaps in bfloat16.
+enum class Form : int64_t { kKn, kNk, kPanels, kPanelsBf16 };
+
 template <typename T>
 struct Matrix {
   const T* data;
@@ -52,15 +55,15 @@ struct Product {
   int64_t rows;
   const T* a; // [rows, K], row stride lda
   int64_t lda;
-  const void* b; // packed: panels of a few vectors of columns, each [K, columns of the panel]
-  bool bf16; // b is rounded to bfloat16
+  const void* b;
+  Form form; // of b
   int64_t k, n;
   const T* bias; // padded to whole vectors, or nullptr
   T* c; // [rows, padded(N)], row stride ldc
   int64_t ldc;
   Unary act; // applied to the result
   const T* act_params;
-  int64_t first_panel = 0, last_panel = -1; // only these; -1: all
+  int64_t first_panel = 0, last_panel = -1; // of panels, only these; -1: all
 };
 
 template <typename T>

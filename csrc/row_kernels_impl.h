@@ -580,36 +580,48 @@ void add_rows(int64_t rows, int64_t width, const T* x, int64_t ldx, T* sum) {
 
 template <typename T>
 uint64_t fingerprint(const T* data, int64_t n) {
-  // Lanes of 32 bits, each folded by an odd multiplier: a single changed word always shows.
-  const int64_t words = n * int64_t(sizeof(T)) / 4;
-  const float* p = reinterpret_cast<const float*>(data);
-  constexpr int64_t lanes = Lanes<float>::count;
-  typedef uint32_t W __attribute__((vector_size(FASTWM_BYTES)));
-  W h[4];
-  for (int j = 0; j < 4; ++j) {
-    for (int k = 0; k < lanes; ++k) {
-      h[j][k] = 2654435761u * uint32_t(j * lanes + k + 1);
+  // As xxHash's long inputs: a product of the halves of each 64-bit word, both mixed with a key of its own, plus
+  // the word itself. Additions alone depend on one another, so it runs as fast as memory is read.
+  typedef uint64_t W __attribute__((vector_size(FASTWM_BYTES)));
+  typedef W U __attribute__((aligned(4), may_alias));
+  constexpr int64_t lanes = FASTWM_BYTES / 8, chains = 4;
+  const char* p = reinterpret_cast<const char*>(data);
+  const int64_t bytes = n * int64_t(sizeof(T));
+  W sum[chains], key[chains];
+  for (int64_t j = 0; j < chains; ++j) {
+    for (int64_t k = 0; k < lanes; ++k) {
+      sum[j][k] = 0x9e3779b97f4a7c15ull * uint64_t(j * lanes + k + 1);
+      key[j][k] = 0xc2b2ae3d27d4eb4full * uint64_t(j * lanes + k + 1);
     }
   }
+  const W low = W{} + 0xffffffffull, next = W{} + 0x165667b19e3779f9ull;
   int64_t i = 0;
-  for (; i + 4 * lanes <= words; i += 4 * lanes) {
-    for (int j = 0; j < 4; ++j) {
-      h[j] = (h[j] ^ (W)load<float>(p + i + j * lanes)) * 2246822519u;
-      h[j] ^= h[j] >> 15; // so that the top bits, signs of weights, do not cancel
+  for (; i + chains * FASTWM_BYTES <= bytes; i += chains * FASTWM_BYTES) {
+    for (int64_t j = 0; j < chains; ++j) {
+      const W word = *reinterpret_cast<const U*>(p + i + j * FASTWM_BYTES), mixed = word ^ key[j];
+#if defined(__AVX512F__)
+      sum[j] += word + (W)_mm512_mul_epu32((__m512i)mixed, (__m512i)(mixed >> 32));
+#else
+      sum[j] += word + (mixed & low) * (mixed >> 32);
+#endif
+      key[j] += next;
     }
   }
+  (void)low;
   uint64_t hash = 0x9e3779b97f4a7c15ull ^ uint64_t(n);
-  for (int j = 0; j < 4; ++j) {
-    for (int k = 0; k < lanes; ++k) {
-      hash = (hash ^ h[j][k]) * 0xff51afd7ed558ccdull;
-      hash ^= hash >> 32;
-    }
-  }
-  for (; i < words; ++i) {
-    uint32_t word;
-    memcpy(&word, p + i, 4);
+  auto fold = [&](uint64_t word) {
     hash = (hash ^ word) * 0xff51afd7ed558ccdull;
     hash ^= hash >> 32;
+  };
+  for (int64_t j = 0; j < chains; ++j) {
+    for (int64_t k = 0; k < lanes; ++k) {
+      fold(sum[j][k]);
+    }
+  }
+  for (; i < bytes; i += 4) {
+    uint32_t word;
+    memcpy(&word, p + i, 4);
+    fold(word);
   }
   return hash;
 }

@@ -24,6 +24,7 @@ constexpr int64_t kChunkRows = 96; // rows times steps that run at once where no
 constexpr int64_t kGroupRows = 32; // least rows per block of sums
 constexpr int64_t kGroups = 16; // most blocks of sums: they decide how many threads a gradient can use
 constexpr int64_t kGroupBytes = int64_t(64) << 20; // room for all blocks of sums
+constexpr int64_t kFewRows = 2; // up to which matrices are read as they are, not packed
 constexpr std::size_t kKept = std::size_t(16) << 20; // scratch that a thread keeps from call to call
 #if defined(FASTWM_CHECKED) // tests/csrc: scratch of the exact size, fresh NaN at every call, areas apart
 constexpr bool kChecked = true;
@@ -98,6 +99,7 @@ struct Shared { // what all tiles read
   const T* uniforms;
   const void* packed;
   bool bf16;
+  bool few; // matrices as they are
   bool reverse;
   int64_t rows, steps;
   int64_t tile, chunk; // rows per tile, steps per chunk
@@ -260,7 +262,10 @@ class Tile {
     }
   }
 
-  const void* panels(const MatrixEntry& m, int64_t which) const {
+  const void* matrix(const MatrixEntry& m, int64_t which) const {
+    if (s_.few) {
+      return static_cast<const T*>(s_.inputs[m.tensor]) + which * m.k * m.n;
+    }
     const int64_t at = m.packed + which * k_.packed_size(m.k, m.n);
     return s_.bf16 ? static_cast<const void*>(static_cast<const uint16_t*>(s_.packed) + at)
                    : static_cast<const void*>(static_cast<const T*>(s_.packed) + at);
@@ -268,7 +273,7 @@ class Tile {
 
   Product<T> product(const Instr& instr, const MatrixEntry& m, int64_t act, T* act_params) const {
     Product<T> p{};
-    p.bf16 = s_.bf16;
+    p.form = s_.few ? static_cast<Form>(m.layout) : s_.bf16 ? Form::kPanelsBf16 : Form::kPanels;
     p.k = m.k;
     p.n = m.n;
     p.act = static_cast<Unary>(instr.attribute(act));
@@ -297,7 +302,7 @@ class Tile {
     p.ldc = whole ? out.ld : padded(m.n);
     for (int64_t g = 0; g < groups; ++g) {
       p.a = at(x) + (alike ? 0 : g * m.k);
-      p.b = panels(m, own ? g : 0);
+      p.b = matrix(m, own ? g : 0);
       p.bias = bias.space == Space::kNone ? nullptr : at(bias) + (own ? g * padded(m.n) : 0);
       p.c = whole ? at(out) + g * m.n : scratch_;
       k_.product(p);
@@ -344,7 +349,7 @@ class Tile {
       p.rows = count;
       p.a = a;
       p.c = c;
-      p.b = panels(m, member);
+      p.b = matrix(m, member);
       p.bias = bias.space == Space::kNone ? nullptr : at(bias) + member * padded(m.n);
       k_.product(p);
       for (int64_t i = 0; i < count; ++i) {
@@ -664,13 +669,16 @@ int64_t run(const Program& program, const double* immediates, const int64_t* map
             bool bf16, int64_t isa) {
   const Header& h = *program.header;
   const Kernels<T>& k = *kernels_for<T>(isa);
-  refresh<T, Threads>(program, k, inputs, packed, prints, bf16);
+  const bool few = rows <= kFewRows && !bf16;
+  if (!few) {
+    refresh<T, Threads>(program, k, inputs, packed, prints, bf16);
+  }
   thread_local Scratch uniforms;
   T* staged = static_cast<T*>(uniforms.get(sizeof(T) * std::max<int64_t>(h.uniforms, 1)));
   stage<T>(program, inputs, staged);
   std::atomic<int64_t> failed{0};
-  Shared<T> shared{program, k,    immediates, maps, staged, packed, bf16,   reverse,
-                   rows,    steps, 0,          0,    inputs, outputs, &failed};
+  Shared<T> shared{program, k,     immediates, maps, staged, packed,  bf16,   few,
+                   reverse, rows,  steps,      0,    0,      inputs,  outputs, &failed};
 
   // Rows are cut into groups, one after the other on a thread, and those into tiles. With sums the cut must not depend
   // on the number of threads, so that they come out the same.
