@@ -134,6 +134,30 @@ class FusedLoop:
             self._modes[save_all] = _Mode(self, budget)
         return self._modes[save_all]
 
+    def requiring(self, steps: int) -> list[Any]:
+        """Outputs that require gradients, as eager's do after that many steps."""
+        program = self.program
+        depends = {program.inputs[n].val.index for n in self.wrt}
+        for _ in range(steps if steps == 1 else len(program.carries) + 1):
+            for instr in program.instrs:
+                if instr.out is None or instr.op == "detach":
+                    continue
+                if program.type(instr.out).kind == "float" and any(
+                    v.index in depends and program.type(v).kind == "float" for v in instr.values()
+                ):
+                    depends.add(instr.out.index)
+            if steps > 1:
+                depends |= {
+                    program.inputs[n].val.index
+                    for n, v in program.carries.items()
+                    if v.index in depends
+                }
+        return [
+            n
+            for n, v in program.outputs.items()
+            if v.index in depends and self._kinds.get(n, "float") == "float"
+        ]
+
     # -- running
 
     def run(
@@ -218,6 +242,9 @@ class FusedLoop:
             if states:
                 self._drawn(steps, feed if draws_feed else None)
             values = {k: t.narrow(self.dim, 0, steps).clone() for k, t in values.items()}
+            if grad and steps == 1:  # what only later steps would have made require gradients
+                first = {name[1] for name in self.requiring(1)}
+                values = {k: t if k in first else t.detach() for k, t in values.items()}
         return steps, values, after
 
     def _no_grad(self) -> Executor:
@@ -303,10 +330,8 @@ class _Mode:
     def __init__(self, loop: FusedLoop, budget: float | None) -> None:
         self.loop = loop
         program = loop.program
-        self.floats = [
-            n for n, v in program.outputs.items() if program.type(v).kind == "float"
-            and loop._kinds.get(n, "float") == "float"
-        ]  # fmt: skip
+        self.floats = loop.requiring(2)
+        self.first = set(loop.requiring(1))  # those that require gradients after one step, too
         self.full = differentiate(program, loop.wrt, self.floats, budget=budget)
         self.forward = loop._executor(self.full.forward, finals=())
         self.tape_width = self.full.tape_width
@@ -348,7 +373,7 @@ class _Rollout(torch.autograd.Function):
         ctx.mode, ctx.steps = mode, steps
         ctx.shapes = [t.shape for t in tensors]
         ctx.set_materialize_grads(False)
-        floats = set(mode.floats)
+        floats = mode.first if steps == 1 else set(mode.floats)
         fixed = [t for n, t in zip(mode.names, outputs, strict=True) if n not in floats]
         ctx.mark_non_differentiable(*fixed)
         ctx.save_for_backward(*tensors, *outputs)
