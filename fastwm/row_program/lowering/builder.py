@@ -54,6 +54,7 @@ class Builder:
         self.batch = tuple(Atom("batch", n) if n > 1 else None for n in batch)
         self.largest = 2.0**24 if dtype is torch.float32 else 2.0**53
         self.quiet: set[int] = set()  # values that carry no gradient anyhow
+        self.ranges: dict[int, tuple[float, float]] = {}  # least and largest of ints, where known
 
     @property
     def batch_dims(self) -> Dims:

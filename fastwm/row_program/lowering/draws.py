@@ -80,7 +80,7 @@ def placements(shape: Sequence[int], batch: Sequence[Atom | None]) -> Iterator[D
 
 def drawn(
     s: Step, make: Callable[[], torch.Tensor], meta: Meta, known: Dims | None, kind: str,
-    bound: float | None = None,
+    bound: float | None = None, limits: tuple[float, float] | None = None,
 ) -> Laid:  # fmt: skip
     """A step input for noise; ``known``: where its batch lies, else the step tries placements."""
     shape = tuple(meta.shape)
@@ -106,6 +106,8 @@ def drawn(
     name = ("draw", len(s.draws))
     val = s.b.program.input(name, "step", inner, kind)
     s.b.quiet.add(val.index)
+    if limits is not None:
+        s.b.ranges[val.index] = limits
     s.draws.append(Draw(name, shape, meta.dtype, plain, inner, make, _arranger(s, dims, inner)))
     laid = Laid(val, dims, order, kind)
     return s.b.bounded(laid, bound) if kind == "int" else laid
@@ -163,13 +165,14 @@ def _draw(s: Step, c: Call) -> Laid:
     make = s.redraw(c, meta)
     if meta.dtype.is_floating_point and meta.dtype is not s.b.program.dtype:
         return s.unreadable(c, meta, make)
-    kind, bound = s.kind(meta), None
+    kind, bound, limits = s.kind(meta), None, None
     if kind == "int":
         high = c.get("high", c.get("to"))
         if high is None:
             raise NotLowerable(f"aten.{c.name} of any integer")
-        bound = float(max(abs(high), abs(c.get("low", c.get("from", 0)) or 0)))
-    return drawn(s, make, meta, known, kind, bound)
+        low = c.get("low", c.get("from", 0)) or 0
+        bound, limits = float(max(abs(high), abs(low))), (float(low), high - 1.0)
+    return drawn(s, make, meta, known, kind, bound, limits)
 
 
 def _normal(s: Step, c: Call, meta: Meta) -> Laid:

@@ -21,11 +21,51 @@ __all__: list[str] = []
 _LARGEST_TABLE = 1 << 12
 
 
-def _taken(s: Step, x: Laid, dim: int, index: Laid) -> Laid:
+def _range(s: Step, val: Val) -> tuple[float, float]:
+    """The least and the largest that a value can be, where its making tells."""
+    while True:
+        if val.index in s.b.ranges:
+            return s.b.ranges[val.index]
+        if s.b.program.type(val).kind == "bool":
+            return 0.0, 1.0
+        made = next((i for i in reversed(s.b.program.instrs) if i.out == val), None)
+        first = made.args[0] if made is not None and made.args else None
+        if made is None:
+            return -math.inf, math.inf
+        if made.op == "fill":
+            return made.attrs["value"], made.attrs["value"]
+        if not isinstance(first, Val):
+            return -math.inf, math.inf
+        if made.op in ("argmax", "argmin"):
+            return 0.0, s.b.program.type(first).shape[-1] - 1.0
+        if made.op not in ("reshape", "index", "cast"):
+            return -math.inf, math.inf
+        val = first
+
+
+def _checked(s: Step, index: Laid, n: int, *, wrap: bool = False) -> Laid:
+    """The index, checked to be one of ``n`` places, as eager does; ``wrap``: or counted from the end."""
+    index = s.b.as_row(index)
+    assert isinstance(index.ref, Val)
+    least, most = _range(s, index.ref)
+    if most >= n:
+        s.check(s.b.elementwise("lt", index, float(n)))
+    if least < 0:
+        s.check(s.b.elementwise("ge", index, float(-n if wrap else 0)))
+        if wrap:
+            below = s.b.elementwise("lt", index, 0.0)
+            index = s.b.elementwise(
+                "where", below, s.b.elementwise("add", index, float(n)), index, kind="int"
+            )
+    return replace(index, bound=float(n))
+
+
+def _taken(s: Step, x: Laid, dim: int, index: Laid, *, wrap: bool = False) -> Laid:
     """``x.gather(dim, index)`` for an index of size 1 there; that dim stays, of size 1.
 
     Along dims where the index only repeats, one ``take`` moves all entries at once.
     """
+    index = _checked(s, index, x.shape[dim], wrap=wrap)
     x = s.b.merged(s.b.as_row(x), dim)
     flat = x.with_dims((*x.dims[:dim], (), *x.dims[dim + 1 :]))
     (xc, ic), (xm, im), dims = align([flat, index], "gather")
@@ -83,15 +123,18 @@ def _index(s: Step, c: Call) -> Laid:
 
 @lowers("embedding")
 def _embedding(s: Step, c: Call) -> Laid:
+    for name, none in (("padding_idx", -1), ("scale_grad_by_freq", False), ("sparse", False)):
+        if c.get(name, none) != none:
+            raise NotLowerable(f"an embedding with {name}")
     return _looked_up(s, c["weight"], c["indices"])
 
 
-def _looked_up(s: Step, table: Laid, index: Laid) -> Laid:
+def _looked_up(s: Step, table: Laid, index: Laid, *, wrap: bool = False) -> Laid:
     """``table[index]`` for a constant table: its rows weighted by a one-hot."""
     n, rest = table.shape[0], table.dims[1:]
     if n > _LARGEST_TABLE:
         raise NotLowerable(f"a look-up in a table of {n} rows")
-    index = s.b.as_row(index)
+    index = _checked(s, index, n, wrap=wrap)
     size = math.prod(table.shape[1:])
     if table.kind != "float":
         raise NotLowerable(f"a look-up in a table of {table.kind}s")
@@ -134,7 +177,7 @@ def _indexed(s: Step, x: Laid, indices: list[Laid | None]) -> Laid:
             raise NotLowerable("an index that a buffer holds")
         return _by_positions(s, x, i, known.long())
     if isinstance(x.ref, Fixed) and list(given) == [0] and not along:
-        return _looked_up(s, x, given[0])
+        return _looked_up(s, x, given[0], wrap=True)
     if len(given) != 1 or fixed:
         raise NotLowerable("indexing several dims at once by computed positions")
     ((dim, index),) = given.items()
@@ -164,7 +207,7 @@ def _indexed(s: Step, x: Laid, indices: list[Laid | None]) -> Laid:
     value = replace(value, order=x.order)
     i_dims = (*[()] * len(before), *[()] * (rank - len(index.dims)), *index.dims,
               *[()] * len(after), ())  # fmt: skip
-    out = _taken(s, value, len(x_dims) - 1, s.b.as_row(index.with_dims(i_dims)))
+    out = _taken(s, value, len(x_dims) - 1, s.b.as_row(index.with_dims(i_dims)), wrap=True)
     return out.with_dims(out.dims[:-1])
 
 
@@ -199,6 +242,7 @@ def _scatter(s: Step, c: Call) -> Laid:
         if i != dim and have != want:
             raise NotLowerable(f"aten.{c.name} into a part")
     n = x.shape[dim]
+    index = _checked(s, index, n)
     atom = Atom("inner", n)
     hot_val = s.b.program.emit("one_hot", index.ref, n=n)  # type: ignore[arg-type]
     hot = Laid(
@@ -211,6 +255,6 @@ def _scatter(s: Step, c: Call) -> Laid:
         if source.shape != index.shape:
             source = s.narrowed(source, dim, 0, 1)
     if c.name == "scatter_add":
-        return s.arith("add", x, s.b.elementwise("mul", hot, source))
+        return s.arith("add", x, s.b.elementwise("where", hot, source, 0.0, kind=x.kind))
     out = s.b.elementwise("where", hot, source, x, kind=x.kind)
     return replace(out, bound=s.most(source, x))
