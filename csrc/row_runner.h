@@ -14,6 +14,10 @@
 #include <new>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace fastwm {
 
 namespace {
@@ -22,6 +26,7 @@ constexpr int64_t kTileBytes = 768 << 10; // what a tile's rows may work on: mos
 constexpr int64_t kTallest = 192; // rows
 constexpr int64_t kChunkRows = 96; // rows times steps that run at once where nothing forces step by step
 constexpr int64_t kGroupRows = 32; // least rows per block of sums
+constexpr int64_t kSumRows = 192; // the same where sums of outer products are taken, which are read and written each time
 constexpr int64_t kGroups = 16; // most blocks of sums: they decide how many threads a gradient can use
 constexpr int64_t kGroupBytes = int64_t(64) << 20; // room for all blocks of sums
 constexpr int64_t kFewRows = 2; // up to which matrices are read as they are, not packed
@@ -663,12 +668,32 @@ void refresh(const Program& program, const Kernels<T>& k, const std::vector<cons
 }
 
 //   Threads: static int64_t count(); static void parallel_for(begin, end, grain, f), as at::parallel_for.
+// Fresh memory costs a page fault for every 4 KiB that is first written; huge pages spare most of them.
+inline void ask_for_huge_pages(void* data, std::size_t bytes) {
+#if defined(__linux__)
+  constexpr std::size_t huge = std::size_t(2) << 20;
+  const auto first = (reinterpret_cast<std::uintptr_t>(data) + huge - 1) / huge * huge;
+  const auto last = (reinterpret_cast<std::uintptr_t>(data) + bytes) / huge * huge;
+  if (first < last) {
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
 template <typename T, typename Threads>
 int64_t run(const Program& program, const double* immediates, const int64_t* maps, void* packed, int64_t* prints,
             std::vector<const void*> inputs, std::vector<void*> outputs, int64_t rows, int64_t steps, bool reverse,
             bool bf16, int64_t isa) {
   const Header& h = *program.header;
   const Kernels<T>& k = *kernels_for<T>(isa);
+  for (int64_t i = 0; i < h.outputs; ++i) {
+    const OutputEntry& o = program.outputs[i];
+    const int64_t item = o.kind == Kind::kFloat ? int64_t(sizeof(T)) : o.kind == Kind::kBool ? 1 : 8;
+    ask_for_huge_pages(outputs[o.tensor], std::size_t(rows * steps * o.width * item));
+  }
   const bool few = rows <= kFewRows && !bf16;
   if (!few) {
     refresh<T, Threads>(program, k, inputs, packed, prints, bf16);
@@ -686,8 +711,11 @@ int64_t run(const Program& program, const double* immediates, const int64_t* map
   const int64_t tallest = std::clamp<int64_t>(kTileBytes / std::max<int64_t>(1, h.row_bytes) / 12 * 12, 12, kTallest);
   int64_t groups;
   if (h.sums > 0) {
+    // A thread's tiles should be tall, for the sums are read and written once per tile; but two threads shall share 64
+    // rows.
+    const int64_t most = rows < 4 * kGroupRows ? rows / kGroupRows : rows / (2 * kGroupRows);
     const int64_t room = kGroupBytes / std::max<int64_t>(1, h.sum_elements * int64_t(sizeof(T)));
-    groups = std::clamp<int64_t>(std::min(rows / kGroupRows, room), 1, kGroups);
+    groups = std::clamp<int64_t>(std::min(most, room), 1, kGroups);
   } else {
     groups = (rows + tallest - 1) / tallest;
     groups = std::min((groups + threads - 1) / threads * threads, std::max<int64_t>(1, rows / 8));
@@ -696,7 +724,10 @@ int64_t run(const Program& program, const double* immediates, const int64_t* map
   groups = rows == 0 ? 0 : (rows + per_group - 1) / per_group;
   const int64_t tiles = (per_group + tallest - 1) / tallest;
   shared.tile = (per_group + tiles - 1) / tiles;
-  shared.chunk = std::clamp<int64_t>(kChunkRows / shared.tile, 1, std::max<int64_t>(steps, 1));
+  const int64_t at_once = h.sums > 0 ? kSumRows : kChunkRows;
+  shared.chunk = h.ahead + h.after == 0
+      ? 1
+      : std::clamp<int64_t>(at_once / shared.tile, 1, std::max<int64_t>(steps, 1));
 
   thread_local Scratch sum_scratch;
   T* sums = nullptr;

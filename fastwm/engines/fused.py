@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastwm.engines.captured import ChecksFailed, FeedStep, Tensors
 from fastwm.nvtx import annotate
@@ -18,6 +17,7 @@ from fastwm.row_program.gradient import Gradient, differentiate
 from fastwm.row_program.lowering import Lowered, NotLowerable, lower
 from fastwm.row_program.passes import fuse_act
 from fastwm.row_program.program import ProgramError
+from fastwm.row_program.reference import interpret
 from fastwm.step_graph import StepGraph
 
 __all__ = ["FusedLoop", "NotFusible"]
@@ -27,7 +27,7 @@ _BLOCK = 64
 # Up to this many bytes everything that the backward pass needs is saved. Beyond, at most this share of what eager
 # keeps for autograd: with outputs and gradients it stays under a quarter.
 _TAPE_BYTES = 32 << 20
-_TAPE_SHARE = 1 / 7
+_TAPE_SHARE = 1 / 6
 
 
 class NotFusible(Exception):
@@ -80,7 +80,7 @@ class FusedLoop:
         first = next(iter(graph.inputs.values()))
         self.batch = tuple(graph.metas[first.index].shape[:dim])
         self.wanted = _floats_kept(graph) / max(1, self.rows)
-        self.draws = [d for d in lowered.draws if d.name is not None]
+        self.generators = graph.generators()
         self.time_major = {n for n in program.inputs if n[0] in ("draw", "feed")}
         #: Flags that may be true; those that are False by construction end nothing.
         self.live = [f for f in self.flags if not _never(lowered, f)]
@@ -212,6 +212,9 @@ class FusedLoop:
             value = given[name] if name in given else inputs[name[1]]
             tensors.append(value if value.is_contiguous() else value.contiguous())
         tensors += uniforms
+        if grad and not torch.is_inference_mode_enabled():
+            # Flags that the env made under inference mode, for one: autograd would not save them.
+            tensors = [t.clone() if t.is_inference() else t for t in tensors]
         after: Tensors = {}
         with annotate("fastwm.loop"):
             if grad:
@@ -259,8 +262,7 @@ class FusedLoop:
         return list(self.program.carries)
 
     def _generators(self) -> list[torch.Generator]:
-        own = [d.generator for d in self.lowered.draws if getattr(d, "generator", None) is not None]
-        return [torch.default_generator, *own]
+        return [torch.default_generator, *self.generators]
 
     def _uniform_names(self) -> list[Any]:
         return [n for n, i in self.program.inputs.items() if i.role == "uniform"]
@@ -322,6 +324,7 @@ class FusedLoop:
 class _Backward:
     gradient: Gradient
     executor: Executor
+    outputs: list[Any]  # those of the forward run that it reads
 
 
 class _Mode:
@@ -338,7 +341,8 @@ class _Mode:
         self.backwards: dict[frozenset[Any], _Backward] = {}
         self.inputs = list(self.forward.inputs)
         self.names = list(self.full.forward.outputs)
-        self.reached = [n for n in self.inputs if n in self.full.reached]
+        #: Inputs that the gradients of all outputs need.
+        self.kept = {n for kind, n in self.full.sources() if kind == "input"}
 
     def run(self, tensors: Sequence[torch.Tensor], steps: int) -> Any:
         results = _Rollout.apply(self, steps, *tensors)
@@ -356,7 +360,9 @@ class _Mode:
                 if s.kind == "input" and s.name in self.loop.time_major
             }  # fmt: skip
             self.backwards[given] = _Backward(
-                gradient, Executor(gradient.backward, time_major=major)
+                gradient,
+                Executor(gradient.backward, time_major=major),
+                [n for kind, n in gradient.sources() if kind == "output"],
             )
         return self.backwards[given]
 
@@ -371,46 +377,115 @@ class _Rollout(torch.autograd.Function):
         if failed:
             raise ChecksFailed
         ctx.mode, ctx.steps = mode, steps
-        ctx.shapes = [t.shape for t in tensors]
         ctx.set_materialize_grads(False)
         floats = mode.first if steps == 1 else set(mode.floats)
         fixed = [t for n, t in zip(mode.names, outputs, strict=True) if n not in floats]
         ctx.mark_non_differentiable(*fixed)
-        ctx.save_for_backward(*tensors, *outputs)
+        # Eager's graph holds no more than this either: the caller may write into anything else.
+        ctx.save_for_backward(
+            *(t for n, t in zip(mode.inputs, tensors, strict=True) if n in mode.kept),
+            *(t for n, t in zip(mode.names, outputs, strict=True) if _on_tape(n)),
+        )
+        ctx.others = {
+            n: (t, t._version)
+            for n, t in zip(mode.inputs, tensors, strict=True)
+            if n not in mode.kept
+        }
+        # What the caller gets may be written into, too: aliases that tell when it was.
+        ctx.given_out = {
+            n: (t.detach(), t._version)
+            for n, t in zip(mode.names, outputs, strict=True)
+            if not _on_tape(n)
+        }
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         mode: _Mode = ctx.mode
-        saved = ctx.saved_tensors
-        inputs = dict(zip(mode.inputs, saved[: len(mode.inputs)], strict=True))
-        outputs = dict(zip(mode.names, saved[len(mode.inputs) :], strict=True))
+        inputs, outputs = _found_again(ctx)
         given = {n: g.contiguous() for n, g in zip(mode.names, grads, strict=True) if g is not None}
-        none: list[None] = [None, None]
-        if not given:
-            return (*none, *(None for _ in mode.inputs))
-        how = mode.backward(frozenset(given))
-        found: dict[Any, torch.Tensor] = {}
-        if how.gradient.reached:
-            ready = how.gradient.gather(inputs, outputs, given)
-            order = [ready[n].detach().contiguous() for n in how.executor.inputs]
-            results, _ = how.executor.run(order, mode.loop.rows, ctx.steps, reverse=True)
-            names = [made[0] for made in how.executor._made]
-            found = dict(zip(names, results, strict=True))
-        wanted = ctx.needs_input_grad[2:]
+        wanted = dict(zip(mode.inputs, ctx.needs_input_grad[2:], strict=True))
+        found: dict[Any, torch.Tensor | None] = {}
+        if given and torch.is_grad_enabled():
+            found = _differentiable(mode, ctx.steps, inputs, given, wanted)
+        elif given:
+            how = mode.backward(frozenset(given))
+            if how.gradient.reached:
+                if any(n not in outputs for n in how.outputs):
+                    outputs = _rerun(mode, ctx.steps, inputs)
+                ready = how.gradient.gather(inputs, outputs, given)
+                order = [ready[n].detach().contiguous() for n in how.executor.inputs]
+                results, _ = how.executor.run(order, mode.loop.rows, ctx.steps, reverse=True)
+                names = [made[0] for made in how.executor._made]
+                made = dict(zip(names, results, strict=True))
+                found = {n: made.get(("grad", n), made.get(("adjoint", n))) for n in mode.inputs}
         back: list[torch.Tensor | None] = []
-        for name, shape, wants in zip(mode.inputs, ctx.shapes, wanted, strict=True):
-            gradient = found.get(("grad", name), found.get(("adjoint", name)))
-            if not wants:
-                back.append(None)
-            elif gradient is None:
-                back.append(None)
-            else:
+        for name in mode.inputs:
+            gradient = found.get(name) if wanted[name] else None
+            if gradient is not None:
                 if name in mode.loop.time_major:
                     gradient = gradient.transpose(0, 1)
-                back.append(gradient.reshape(shape))
-        return (*none, *back)
+                gradient = gradient.reshape(inputs[name].shape)
+            back.append(gradient)
+        return None, None, *back
+
+
+def _on_tape(name: Any) -> bool:
+    return bool(name[:1] == ("tape",))
+
+
+def _found_again(ctx: Any) -> tuple[dict[Any, torch.Tensor], dict[Any, torch.Tensor]]:
+    """The inputs, and those outputs that are still what the forward pass wrote."""
+    mode: _Mode = ctx.mode
+    saved = iter(ctx.saved_tensors)
+    inputs = {n: next(saved) if n in mode.kept else ctx.others[n][0] for n in mode.inputs}
+    outputs = {n: next(saved) for n in mode.names if _on_tape(n)}
+    outputs |= {n: t for n, (t, version) in ctx.given_out.items() if t._version == version}
+    if len(outputs) < len(mode.names) or torch.is_grad_enabled():
+        # All inputs are needed, to work it out again.
+        changed = [n for n, (t, version) in ctx.others.items() if t._version != version]
+        if changed:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace "
+                f"operation: the rollout's input {changed[0]}. (Results of the rollout were written into, "
+                "or higher derivatives are asked for, so all of its inputs are needed.)"
+            )
+    return inputs, outputs
+
+
+def _rerun(
+    mode: _Mode, steps: int, inputs: dict[Any, torch.Tensor]
+) -> dict[Any, torch.Tensor]:  # fmt: skip
+    """The outputs once more, for a caller who wrote into those that we gave out."""
+    plain = [inputs[n].detach() for n in mode.inputs]
+    outputs, _ = mode.forward.run(plain, mode.loop.rows, steps)
+    return dict(zip(mode.names, outputs, strict=True))
+
+
+def _differentiable(
+    mode: _Mode, steps: int, inputs: dict[Any, torch.Tensor], given: dict[Any, torch.Tensor],
+    wanted: dict[Any, bool],
+) -> dict[Any, torch.Tensor | None]:  # fmt: skip
+    """Gradients that have gradients themselves, by torch's autograd over the reference interpreter."""
+    program, rows = mode.loop.program, mode.loop.rows
+    laid: dict[Any, torch.Tensor] = {}
+    for name, item in program.inputs.items():
+        value = inputs[name]
+        shape = program.type(item.val).shape
+        if item.role == "step":
+            if name in mode.loop.time_major:
+                value = value.transpose(0, 1) if value.dim() > 1 else value
+            laid[name] = value.reshape(rows, steps, *shape)
+        else:
+            laid[name] = value if item.role == "uniform" else value.reshape(rows, *shape)
+    outputs = interpret(program, laid, steps).outputs
+    names = [n for n in given if n in outputs and outputs[n].requires_grad]
+    ends = [n for n, wants in wanted.items() if wants]
+    found = torch.autograd.grad(
+        [outputs[n] for n in names], [laid[n] for n in ends], [given[n] for n in names],
+        create_graph=True, allow_unused=True,
+    )  # fmt: skip
+    return dict(zip(ends, found, strict=True))
 
 
 def _copied(program: Any, finals: Collection[Any]) -> Any:

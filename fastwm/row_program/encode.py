@@ -15,7 +15,7 @@ import torch
 
 from fastwm.row_program.ops import BINARY, UNARY, UNARY_GRAD
 from fastwm.row_program.program import Instr, Program, ProgramError, Val
-from fastwm.row_program.sections import sections
+from fastwm.row_program.sections import Sections, sections
 
 __all__ = ["Encoded", "encode"]
 
@@ -92,10 +92,13 @@ def encode(
     *,
     time_major: Collection[Any] = (),
     kinds: Mapping[Any, str] | None = None,
+    stepwise: bool = False,
 ) -> Encoded:
     """Encode a program.
 
     Args:
+        stepwise: leave nothing for before or after the loop over steps: for tall tiles, whose products are
+            large enough, and whose values would not fit the caches if they were kept for several steps.
         time_major: step inputs whose tensors are ``[steps, rows, *shape]``.
         kinds: by output name, as what its tensor is written (``"float"``, ``"bool"``, ``"int"``); default:
             the value's kind.
@@ -111,7 +114,7 @@ def encode(
         >>> encode(p).inputs
         ['x']
     """
-    return _Encoder(program, frozenset(time_major), dict(kinds or {})).run()
+    return _Encoder(program, frozenset(time_major), dict(kinds or {}), stepwise).run()
 
 
 def _padded(width: int) -> int:
@@ -167,8 +170,11 @@ class _Line:
 
 
 class _Encoder:
-    def __init__(self, program: Program, time_major: frozenset, kinds: dict[Any, str]) -> None:
+    def __init__(
+        self, program: Program, time_major: frozenset, kinds: dict[Any, str], stepwise: bool
+    ) -> None:
         self.program = program
+        self.stepwise = stepwise
         self.time_major = time_major
         self.kinds = kinds
         self.immediates: list[float] = []
@@ -338,7 +344,7 @@ class _Encoder:
         act = attrs.get("act")
         params = attrs.get("act_params") or {}
         tail = [
-            -1 if act is None else _UNARY.index(act),
+            -1 if act in (None, "detach") else _UNARY.index(act),
             self.parameters([params[p] for p in UNARY[act][1]] if act else []),
         ]
         self.scratch = max(self.scratch, _padded(k) + _padded(n))
@@ -383,9 +389,38 @@ class _Encoder:
 
     # -- the whole
 
+    def _check(self) -> None:
+        """What the builder lets pass: it checks instructions only."""
+        program = self.program
+        for given in program.inputs.values():
+            if given.name in self.time_major and given.role != "step":
+                raise ProgramError(f"{given.name!r} is of no step, it cannot be time major")
+        for name, val in program.carries.items():
+            item = program.inputs.get(name)
+            if item is None or item.role != "carry":
+                raise ProgramError(f"{name!r} is no carry")
+            if program.type(val).width != program.type(item.val).width:
+                raise ProgramError(f"the carry {name!r} gets a value of another width")
+        for name in program.finals:
+            if name not in program.inputs or program.inputs[name].role != "carry":
+                raise ProgramError(f"{name!r} is no carry, it has no last value")
+        for val in program.roots():
+            if self.roles.get(val.index) == "uniform":
+                raise ProgramError(f"{val} is a uniform where a row value is wanted")
+        for type in program.types.values():
+            if type.width == 0:
+                raise ProgramError("a value of no elements")
+
     def run(self) -> Encoded:
         program = self.program
-        split = sections(program)
+        self._check()
+        for instr in program.instrs:  # numbered alike whatever the order of execution
+            if instr.op in ("linear", "grouped_linear", "member_linear"):
+                weight = instr.args[1]
+                assert isinstance(weight, Val)
+                count = 0 if instr.op == "linear" else program.type(weight).shape[0]
+                self.matrix(weight, instr.attrs["layout"], count)
+        split = Sections(loop=_late(program)) if self.stepwise else sections(program)
         lines: list[list[_Line]] = [[], [], []]
         home: dict[int, int] = {}
         for section, instrs in enumerate((split.ahead, split.loop, split.after)):
@@ -409,7 +444,7 @@ class _Encoder:
                 place = _Place("persist", persist.take(ld), ld, self.width(given.val.index))
                 self.persist[given.val.index] = self.places[given.val.index] = place
             else:
-                home[given.val.index] = _AHEAD
+                home[given.val.index] = _LOOP if self.stepwise else _AHEAD
 
         following = {name: self.root(val) for name, val in program.carries.items()}
         used: dict[int, set[int]] = {}
@@ -430,7 +465,8 @@ class _Encoder:
             index = given.val.index
             wanted = index in used or index in map(self.root, (*program.outputs.values(), *program.checks))  # fmt: skip
             if given.role != "carry" and wanted:
-                kept.add(index)
+                if not self.stepwise:
+                    kept.add(index)
                 loads.append(_Line("load", 0, index, [], [number]))
         for index in sorted(kept):
             ld = _padded(self.width(index))
@@ -438,7 +474,10 @@ class _Encoder:
             (self.stacked if index in carries else self.places)[index] = place
 
         ahead, loop, after = lines
-        ahead = loads + ahead
+        if self.stepwise:
+            loop = _with_loads(loads, loop)
+        else:
+            ahead = loads + ahead
         first: list[_Line] = []  # at the start of a step, while the carries are what they were
         last: list[_Line] = []
         for index in carries:
@@ -594,3 +633,44 @@ class _Encoder:
             words += operand.words()
         words += line.attributes
         return [len(words) + 1, *words]
+
+
+def _late(program: Program) -> list[Instr]:
+    """The instructions, each put off until somebody needs it, so that few values are alive at a time."""
+    maker = {i.out.index: i for i in program.instrs if i.out is not None}
+    found: list[Instr] = []
+    done: set[int] = set()
+
+    def need(instr: Instr) -> None:
+        stack = [(instr, iter(list(instr.values())))]
+        while stack:
+            current, rest = stack[-1]
+            for val in rest:
+                made = maker.get(val.index)
+                if made is not None and id(made) not in done:
+                    stack.append((made, iter(list(made.values()))))
+                    break
+            else:
+                stack.pop()
+                if id(current) not in done:
+                    done.add(id(current))
+                    found.append(current)
+
+    for instr in program.instrs:
+        if instr.out is None:
+            need(instr)
+    wanted = {v.index for v in program.roots()}
+    for instr in program.instrs:
+        if instr.out is not None and instr.out.index in wanted:
+            need(instr)
+    return found
+
+
+def _with_loads(loads: list[_Line], body: list[_Line]) -> list[_Line]:
+    """Each input loaded just before it is first read."""
+    waiting = {line.out: line for line in loads}
+    found: list[_Line] = []
+    for line in body:
+        found += [waiting.pop(i) for i in sorted(line.reads()) if i in waiting]
+        found.append(line)
+    return [*waiting.values(), *found]

@@ -14,6 +14,8 @@ from fastwm.row_program.program import Program
 
 __all__ = ["Executor"]
 
+# From so many rows on the products of one step are large enough, and values are not kept for several steps.
+_TALL = 128
 _DTYPES = {"bool": torch.bool, "int": torch.int64}
 
 
@@ -57,6 +59,7 @@ class Executor:
         self._op = row_program_op()
         self.program = program
         self.encoded = encoded = encode(program, time_major=time_major, kinds=kinds)
+        self._stepwise = encode(program, time_major=time_major, kinds=kinds, stepwise=True)
         self.inputs = encoded.inputs
         self.bf16 = bf16
         self._isa = -1 if isa is None else isa
@@ -119,9 +122,10 @@ class Executor:
         """
         if outputs is None:
             outputs = self.empty(rows, steps)
+        encoded = self._stepwise if rows >= _TALL else self.encoded
         with self._lock:
             failed = self._op(
-                self.encoded.code, self.encoded.immediates, self.encoded.maps, self._packed, self._prints,
+                encoded.code, encoded.immediates, encoded.maps, self._packed, self._prints,
                 list(inputs), outputs, rows, steps, reverse, self.bf16, self._isa,
             )  # fmt: skip
         return outputs, failed
