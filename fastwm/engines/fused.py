@@ -24,8 +24,8 @@ __all__ = ["FusedLoop", "NotFusible"]
 
 # Steps that run before the flags are looked at, where a flag may end the rollout.
 _BLOCK = 64
-# Up to this many bytes everything that the backward pass needs is saved. Beyond, at most this share of what eager
-# keeps for autograd: with outputs and gradients it stays under a quarter.
+# Up to this many bytes everything that the backward pass needs is saved. Beyond, at most this share of what
+# eager keeps for autograd: with outputs and gradients it stays under a quarter.
 _TAPE_BYTES = 32 << 20
 _TAPE_SHARE = 1 / 6
 
@@ -38,7 +38,8 @@ class FusedLoop:
     """A traced step, ready to run for any horizon.
 
     Args:
-        graph: the step; inputs named by path or ``("feed", path)``, outputs ``("td", path)``, ``("state", path)``.
+        graph: the step; inputs named by path or ``("feed", path)``, outputs ``("td", path)``,
+            ``("state", path)``.
         carried, fed, flags, dim: as for :class:`fastwm.engines.captured.CapturedLoop`.
         constants: the graph's, in its order.
         wanting: names of the graph's inputs that require gradients; None where none are wanted at all.
@@ -324,7 +325,8 @@ class FusedLoop:
 class _Backward:
     gradient: Gradient
     executor: Executor
-    outputs: list[Any]  # those of the forward run that it reads
+    inputs: list[Any]  # those of the forward run that it reads
+    outputs: list[Any]
 
 
 class _Mode:
@@ -362,7 +364,7 @@ class _Mode:
             self.backwards[given] = _Backward(
                 gradient,
                 Executor(gradient.backward, time_major=major),
-                [n for kind, n in gradient.sources() if kind == "output"],
+                *([n for k, n in gradient.sources() if k == kind] for kind in ("input", "output")),
             )
         return self.backwards[given]
 
@@ -407,13 +409,16 @@ class _Rollout(torch.autograd.Function):
         wanted = dict(zip(mode.inputs, ctx.needs_input_grad[2:], strict=True))
         found: dict[Any, torch.Tensor | None] = {}
         if given and torch.is_grad_enabled():
+            _refuse_changed(ctx, mode.inputs)
             found = _differentiable(mode, ctx.steps, inputs, given, wanted)
         elif given:
             how = mode.backward(frozenset(given))
             if how.gradient.reached:
-                if any(n not in outputs for n in how.outputs):
+                again = any(n not in outputs for n in how.outputs)
+                _refuse_changed(ctx, mode.inputs if again else how.inputs)
+                if again:
                     outputs = _rerun(mode, ctx.steps, inputs)
-                ready = how.gradient.gather(inputs, outputs, given)
+                ready = how.gradient.gather(inputs, outputs, given, rows=mode.loop.rows)
                 order = [ready[n].detach().contiguous() for n in how.executor.inputs]
                 results, _ = how.executor.run(order, mode.loop.rows, ctx.steps, reverse=True)
                 names = [made[0] for made in how.executor._made]
@@ -441,21 +446,20 @@ def _found_again(ctx: Any) -> tuple[dict[Any, torch.Tensor], dict[Any, torch.Ten
     inputs = {n: next(saved) if n in mode.kept else ctx.others[n][0] for n in mode.inputs}
     outputs = {n: next(saved) for n in mode.names if _on_tape(n)}
     outputs |= {n: t for n, (t, version) in ctx.given_out.items() if t._version == version}
-    if len(outputs) < len(mode.names) or torch.is_grad_enabled():
-        # All inputs are needed, to work it out again.
-        changed = [n for n, (t, version) in ctx.others.items() if t._version != version]
-        if changed:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace "
-                f"operation: the rollout's input {changed[0]}. (Results of the rollout were written into, "
-                "or higher derivatives are asked for, so all of its inputs are needed.)"
-            )
     return inputs, outputs
 
 
-def _rerun(
-    mode: _Mode, steps: int, inputs: dict[Any, torch.Tensor]
-) -> dict[Any, torch.Tensor]:  # fmt: skip
+def _refuse_changed(ctx: Any, needed: Collection[Any]) -> None:
+    for name in needed:
+        tensor, version = ctx.others.get(name, (None, 0))
+        if tensor is not None and tensor._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace "
+                f"operation: input {name} of this rollout, after it ran on the fused engine"
+            )
+
+
+def _rerun(mode: _Mode, steps: int, inputs: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
     """The outputs once more, for a caller who wrote into those that we gave out."""
     plain = [inputs[n].detach() for n in mode.inputs]
     outputs, _ = mode.forward.run(plain, mode.loop.rows, steps)
@@ -473,9 +477,7 @@ def _differentiable(
         value = inputs[name]
         shape = program.type(item.val).shape
         if item.role == "step":
-            if name in mode.loop.time_major:
-                value = value.transpose(0, 1) if value.dim() > 1 else value
-            laid[name] = value.reshape(rows, steps, *shape)
+            laid[name] = value.reshape(steps, rows, *shape).transpose(0, 1)
         else:
             laid[name] = value if item.role == "uniform" else value.reshape(rows, *shape)
     outputs = interpret(program, laid, steps).outputs

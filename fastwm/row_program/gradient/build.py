@@ -57,6 +57,14 @@ class Gradient:
         """Floats saved per row and step, beside inputs and outputs that are there anyway."""
         return sum(v.width for k, v in self.tape_types().items())
 
+    def sources(self) -> list[Source]:
+        """What the backward program reads of the forward run's inputs and outputs."""
+        return [
+            self.saved.get(name, Source("input", name))
+            for name, item in self.backward.inputs.items()
+            if name in self.saved or item.role in ("context", "uniform")
+        ]
+
     def tape_types(self) -> dict[Any, RowType]:
         """By name, of the values that are saved in outputs of their own."""
         given = self.backward.inputs
@@ -68,12 +76,19 @@ class Gradient:
         outputs: Mapping[Any, torch.Tensor],
         output_grads: Mapping[Any, torch.Tensor],
         final_grads: Mapping[Any, torch.Tensor] | None = None,
+        *,
+        rows: int | None = None,
     ) -> dict[Any, torch.Tensor]:
-        """The backward program's inputs, from a forward run's inputs and outputs and the gradients."""
+        """The backward program's inputs, from a forward run's inputs and outputs and the gradients.
+
+        Args:
+            rows: how many there are; by default the inputs' first dim says so.
+        """
         found: dict[Any, torch.Tensor] = {}
-        rows = next(
-            (len(inputs[n]) for n, i in self.forward.inputs.items() if i.role != "uniform"), 1
-        )
+        if rows is None:
+            rows = next(
+                (len(inputs[n]) for n, i in self.forward.inputs.items() if i.role != "uniform"), 1
+            )
         for name, item in self.backward.inputs.items():
             if name in self.saved:
                 source = self.saved[name]
