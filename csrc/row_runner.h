@@ -12,6 +12,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -116,7 +117,8 @@ struct Shared { // what all tiles read
 template <typename T>
 class Tile {
  public:
-  Tile(const Shared<T>& shared, T* memory, T* sums) : s_(shared), k_(shared.kernels), sums_(sums) {
+  Tile(const Shared<T>& shared, T* memory, std::vector<T*> sums)
+      : s_(shared), k_(shared.kernels), sums_(std::move(sums)) {
     const Header& h = *s_.program.header;
     const int64_t rows = s_.tile, many = s_.tile * s_.chunk;
     chunk_ = memory;
@@ -370,7 +372,7 @@ class Tile {
     const int64_t groups = instr.attribute(2), k = instr.attribute(3), n = instr.attribute(4);
     const bool own = instr.code() == Code::kGroupedOuter, alike = instr.attribute(5) != 0;
     const Place &x = instr.operand(0), &g = instr.operand(1);
-    T* to = sums_ + sum.offset;
+    T* to = sums_[instr.attribute(0)];
     for (int64_t i = 0; i < groups; ++i) {
       add_outer(nk, rows_, k, n, at(x) + (alike ? 0 : i * k), x.ld, at(g) + i * n, g.ld,
                 to + (own ? i * (nk ? n : k) * padded(sum.columns) : 0), padded(sum.columns), groups > 1);
@@ -400,7 +402,7 @@ class Tile {
     each_member(index, members, [&](int64_t member, int64_t count) {
       gather(count, at(x), x.ld, k, a, padded(k));
       gather(count, at(g), g.ld, n, b, padded(n));
-      T* to = sums_ + sum.offset + member * (nk ? n : k) * padded(sum.columns);
+      T* to = sums_[instr.attribute(0)] + member * (nk ? n : k) * padded(sum.columns);
       add_outer(nk, count, k, n, a, padded(k), b, padded(n), to, padded(sum.columns), false);
     });
   }
@@ -408,7 +410,7 @@ class Tile {
   void row_sum(const Instr& instr) const {
     const SumEntry& sum = s_.program.sums[instr.attribute(0)];
     const Place& g = instr.operand(0);
-    T* to = sums_ + sum.offset;
+    T* to = sums_[instr.attribute(0)];
     if (instr.code() == Code::kMemberRowSum) {
       const Place& index = instr.operand(1);
       for (int64_t r = 0; r < rows_; ++r) {
@@ -614,7 +616,7 @@ class Tile {
 
   const Shared<T>& s_;
   const Kernels<T>& k_;
-  T* sums_;
+  std::vector<T*> sums_; // where each sum of this tile's group is taken
   T *chunk_, *batch_, *loop_, *persist_, *scratch_;
   int32_t* indices_;
   int64_t first_ = 0, height_ = 0, start_ = 0, step_ = -1, rows_ = 0;
@@ -730,17 +732,28 @@ int64_t run(const Program& program, const double* immediates, const int64_t* map
       : std::clamp<int64_t>(at_once / shared.tile, 1, std::max<int64_t>(steps, 1));
 
   thread_local Scratch sum_scratch;
+  // Each group sums in a block of its own; a single group straight into the result where that has no padding.
   T* sums = nullptr;
-  const int64_t sum_groups = std::max<int64_t>(groups, 1);
+  const int64_t blocks = std::max<int64_t>(groups, 1);
   if (h.sums > 0) {
-    sums = static_cast<T*>(sum_scratch.get(sizeof(T) * h.sum_elements * sum_groups));
-    std::memset(sums, 0, sizeof(T) * h.sum_elements * sum_groups);
+    sums = static_cast<T*>(sum_scratch.get(sizeof(T) * h.sum_elements * blocks));
   }
+  auto direct = [&](const SumEntry& e) { return blocks == 1 && e.columns % kPad == 0; };
+  auto sums_of = [&](int64_t group) {
+    std::vector<T*> found;
+    for (int64_t i = 0; i < h.sums; ++i) {
+      const SumEntry& e = program.sums[i];
+      T* to = direct(e) ? static_cast<T*>(outputs[e.tensor]) : sums + group * h.sum_elements + e.offset;
+      std::memset(to, 0, sizeof(T) * e.rows * padded(e.columns));
+      found.push_back(to);
+    }
+    return found;
+  };
   Threads::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch memory;
     T* room = static_cast<T*>(memory.get(Tile<T>::bytes(h, shared.tile, shared.chunk)));
     for (int64_t g = begin; g < end; ++g) {
-      Tile<T> tile(shared, room, sums == nullptr ? nullptr : sums + g * h.sum_elements);
+      Tile<T> tile(shared, room, sums_of(g));
       const int64_t last = std::min(rows, (g + 1) * per_group);
       for (int64_t first = g * per_group; first < last; first += shared.tile) {
         tile.run(first, std::min(shared.tile, last - first));
@@ -748,19 +761,29 @@ int64_t run(const Program& program, const double* immediates, const int64_t* map
     }
     memory.trim();
   });
-  for (int64_t i = 0; i < h.sums; ++i) {
-    const SumEntry& s = program.sums[i];
-    T* to = static_cast<T*>(outputs[s.tensor]);
-    for (int64_t r = 0; r < s.rows; ++r) {
-      for (int64_t c = 0; c < s.columns; ++c) {
-        T total = 0;
-        for (int64_t g = 0; g < sum_groups; ++g) {
-          total += sums[g * h.sum_elements + s.offset + r * padded(s.columns) + c];
+  if (groups == 0) {
+    sums_of(0);
+  }
+  const int64_t at_a_time = h.sum_elements * blocks > (1 << 18) ? 1 : h.sums + 1;
+  Threads::parallel_for(0, h.sums, at_a_time, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const SumEntry& e = program.sums[i];
+      if (direct(e)) {
+        continue;
+      }
+      for (int64_t r = 0; r < e.rows; ++r) {
+        T* to = static_cast<T*>(outputs[e.tensor]) + r * e.columns;
+        const T* from = sums + e.offset + r * padded(e.columns);
+        std::memcpy(to, from, sizeof(T) * e.columns);
+        for (int64_t g = 1; g < blocks; ++g) {
+          from += h.sum_elements;
+          for (int64_t c = 0; c < e.columns; ++c) {
+            to[c] += from[c];
+          }
         }
-        to[r * s.columns + c] = total;
       }
     }
-  }
+  });
   sum_scratch.trim();
   uniforms.trim();
   return failed.load();
