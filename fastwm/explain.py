@@ -29,6 +29,7 @@ class Explanation:
         asked: the backend in force.
         program: the traced step, printed, where there is one.
         source: what runs, where there is something to read: the row program, or the generated loop.
+        note: how it runs, where that is not as usual: "bfloat16 weights".
     """
 
     engine: str | None
@@ -36,11 +37,12 @@ class Explanation:
     asked: str
     program: str = ""
     source: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
         lines = [f"{name}: no, {reason}" for name, reason in self.passed_over.items()]
         if self.engine is not None:
-            lines.append(f"{self.engine}: runs")
+            lines.append(f"{self.engine}: runs" + (f", with {self.note}" if self.note else ""))
         else:
             lines.append(f"nothing runs: backend={self.asked!r} was asked for")
         return "\n".join(lines)
@@ -59,7 +61,7 @@ def explain(env: WorldModelEnv, request: Request) -> Explanation:
         with preserved_random_state(env.device):
             td = start_of(env, request)
             feed = request.feed(env, td.batch_size)
-            plan, _ = plan_for(env, request, td, feed, patient=asked == "captured")
+            plan, _ = plan_for(env, request, td, feed, patient=asked != "auto")
         restarts = not request.stops and env.initial_state is not None
         if restarts and plan.flags_vary():
             raise NotCapturable("finished rows restart from initial_state")
@@ -75,7 +77,9 @@ def explain(env: WorldModelEnv, request: Request) -> Explanation:
             passed["captured"] = "backend='fused' was asked for"
             return Explanation(None, passed, asked, program)
     elif asked == "fused" or plan.prefers_fused():
-        return Explanation("fused", passed, asked, program, str(plan.fused))
+        assert plan.fused is not None
+        note = "bfloat16 weights" if plan.fused.bf16 else ""
+        return Explanation("fused", passed, asked, program, str(plan.fused), note)
     device = env.device or torch.device("cpu")
     how = " (one CUDA graph per horizon)" if device.type == "cuda" else ""
     if plan.uncompiled:

@@ -177,7 +177,7 @@ def _run(
         if isinstance(reason, NotCapturable):
             raise
         raise NotCapturable(
-            "an argument check fails (a distribution's validation, or one_hot's)"
+            "an argument check fails (a distribution's validation, an index's range, or one_hot's)"
         ) from None
     if feed is not None:
         feed.done(steps)

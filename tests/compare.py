@@ -12,7 +12,7 @@ from torch import Tensor
 import fastwm
 from fastwm.tolerances import tolerance
 
-__all__ = ["assert_parity", "assert_same", "run", "why_eager"]
+__all__ = ["assert_parity", "assert_same", "run", "why_eager", "why_not_fused"]
 
 
 def run(
@@ -77,20 +77,21 @@ def assert_parity(
     horizon: int,
     *,
     wrt: Sequence[Tensor] = (),
+    engine: str = "captured",
     **kwargs: Any,
 ) -> TensorDictBase:
-    """Captured against eager: results, gradients with respect to ``wrt``, generator state.
+    """An engine against eager: results, gradients with respect to ``wrt``, generator state.
 
     Returns:
         Eager's result.
     """
     results = {}
-    for engine in ("eager", "captured"):
-        out, state = run(engine, env, horizon, policy, start, **kwargs)
+    for name in ("eager", engine):
+        out, state = run(name, env, horizon, policy, start, **kwargs)
         grads = gradients(out, wrt) if wrt else ()
-        results[engine] = out, state, grads
+        results[name] = out, state, grads
     want, want_state, want_grads = results["eager"]
-    got, got_state, got_grads = results["captured"]
+    got, got_state, got_grads = results[engine]
     assert_same(got, want)
     assert torch.equal(got_state, want_state), "the generator stands elsewhere"
     for i, (g, w) in enumerate(zip(got_grads, want_grads, strict=True)):
@@ -116,3 +117,11 @@ def why_eager(
 ) -> str:
     """Why the captured engine passes this rollout on; "" when it takes it."""
     return env.explain(3, policy, tensordict=start, **kwargs).passed_over.get("captured", "")
+
+
+def why_not_fused(
+    env: fastwm.WorldModelEnv, policy: Any = None, start: Any = None, **kwargs: Any
+) -> str:
+    """Why the fused engine passes this rollout on; "" when it takes it."""
+    with fastwm.backend("auto"):
+        return env.explain(3, policy, tensordict=start, **kwargs).passed_over.get("fused", "")

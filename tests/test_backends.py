@@ -11,7 +11,7 @@ import torch
 import fastwm
 from fastwm.backends import BACKENDS, requested
 from fastwm.plan import cache_of
-from tests.models import make_case
+from tests.models import make_case, module
 
 B, T = 3, 4
 
@@ -128,8 +128,16 @@ def test_captured_says_why_it_cannot() -> None:
 
 def test_fused_says_why_it_cannot() -> None:
     case = make_case("linear")
-    with fastwm.backend("fused"), pytest.raises(RuntimeError, match="backend='fused' cannot run"):
-        case.env([B]).rollout(T, case.policy, tensordict=case.start(B))
+    env = case.env([B])
+    case.policy.register_forward_hook(lambda *_: None)
+    said = r"backend='fused' cannot run this rollout: a hook on TensorDictModule"
+    with fastwm.backend("fused"), pytest.raises(RuntimeError, match=said):
+        env.rollout(T, case.policy, tensordict=case.start(B))
+    policy = module(lambda z: z.sort(-1).values[..., :2], ["latent"], ["action"])
+    said = r"backend='fused' cannot run this rollout: aten.sort: no row-wise form\."
+    with fastwm.backend("fused"), pytest.raises(RuntimeError, match=said):
+        env.rollout(T, policy, tensordict=case.start(B))
+    assert env.rollout(T, policy, tensordict=case.start(B)).shape == (B, T)
 
 
 def test_an_engine_that_cannot_run_changes_nothing() -> None:

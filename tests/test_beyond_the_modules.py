@@ -131,7 +131,7 @@ class BoundStep(nn.Module):
 def test_a_step_that_refers_back_to_its_world_model(make: Any) -> None:
     model = make()
     env, policy = imagined(model), linear_policy()
-    assert str(env.explain(T, policy, tensordict=start())).endswith("captured: runs")
+    assert str(env.explain(T, policy, tensordict=start())) == "fused: runs"
     assert_seen(env, policy, lambda: setattr(model, "scale", 2.0))
 
 

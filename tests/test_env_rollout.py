@@ -16,6 +16,7 @@ from torch import nn
 from torchrl.envs import step_mdp
 
 import fastwm
+from tests.compare import assert_same
 from tests.models import (
     ACTION,
     CASES,
@@ -440,7 +441,7 @@ def test_auto_cast_to_device_on_one_device_changes_nothing(stop: bool, policy: A
                 break_when_any_done=stop,
             )
         )
-    assert (runs[0] == runs[1]).all()
+    assert_same(*runs)
 
 
 # ---------------------------------------------------------------- stopping
@@ -559,7 +560,7 @@ def test_out_is_written_and_returned() -> None:
         out = want.clone().apply_(lambda x: x.fill_(torch.nan) if x.is_floating_point() else x)
         got = env.rollout(T, policy, tensordict=begin.clone(), out=out, return_contiguous=True)
     assert got is out
-    assert (out == want).all()
+    assert_same(out, want)
 
 
 def test_storing_device() -> None:

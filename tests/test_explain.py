@@ -12,7 +12,6 @@ from torch import nn
 
 import fastwm
 from fastwm.plan import cache_of
-from fastwm.rollout import NO_FUSED
 from tests.compare import run
 from tests.models import (
     ACTION,
@@ -29,11 +28,28 @@ B, T = 3, 4
 
 def test_it_says_what_runs_and_shows_the_program() -> None:
     case = make_case("mlp")
+    env, start = case.env([B]), case.start(B)
+    found = env.explain(T, case.policy, tensordict=start)
+    assert found.engine == "fused"
+    assert found.passed_over == {}
+    assert str(found) == "fused: runs"
+    assert "addmm" in found.program
+    assert found.source.startswith("row program (float32)\n  carry ")
+    assert "= linear(" in found.source
+    with fastwm.backend("captured"):
+        found = env.explain(T, case.policy, tensordict=start)
+    assert found.engine == "captured"
+    assert str(found) == "fused: no, backend='captured' was asked for\ncaptured: runs"
+    assert "for step in range(horizon)" in found.source
+
+
+def test_what_no_row_program_can_do_is_named_and_captured_runs() -> None:
+    case = make_case("linear")
+    case.policy = module(lambda z: z.sort(-1).values[..., :ACTION], ["latent"], ["action"])
     found = case.env([B]).explain(T, case.policy, tensordict=case.start(B))
     assert found.engine == "captured"
-    assert found.passed_over == {"fused": NO_FUSED}
-    assert str(found) == f"fused: no, {NO_FUSED}\ncaptured: runs"
-    assert "addmm" in found.program
+    assert found.passed_over == {"fused": "aten.sort: no row-wise form"}
+    assert str(found) == "fused: no, aten.sort: no row-wise form\ncaptured: runs"
     assert "for step in range(horizon)" in found.source
 
 
@@ -78,7 +94,7 @@ def test_reasons(name: str) -> None:
     found = case.env([B]).explain(T, policy, tensordict=case.start(B), **arguments)
     assert found.engine == "eager"
     assert reason in found.passed_over["captured"]
-    assert found.passed_over["fused"] == NO_FUSED
+    assert found.passed_over["fused"] == found.passed_over["captured"]
     assert str(found).splitlines()[-1] == "eager: runs"
     assert f"captured: no, {found.passed_over['captured']}" in str(found)
     assert found.program == found.source == ""
@@ -100,22 +116,31 @@ def test_what_was_asked_for_is_respected(asked: str) -> None:
     with fastwm.backend(asked):
         found = case.env([B]).explain(T, case.policy, tensordict=case.start(B))
     assert found.asked == asked
-    if asked == "fused":
-        assert found.engine is None
-        assert "nothing runs: backend='fused' was asked for" in str(found)
-        assert found.passed_over["captured"] == "backend='fused' was asked for"
-    else:
-        assert found.engine == asked
+    assert found.engine == asked
     if asked == "eager":
         assert found.passed_over["captured"] == "backend='eager' was asked for"
+        assert found.passed_over["fused"] == "backend='eager' was asked for"
 
 
-def test_captured_asked_for_and_impossible() -> None:
+@pytest.mark.parametrize("asked", ["captured", "fused"])
+def test_asked_for_and_impossible(asked: str) -> None:
     case = make_case("linear")
-    with fastwm.backend("captured"):
+    with fastwm.backend(asked):
         found = case.env([B]).explain(T, case.policy, print, tensordict=case.start(B))
     assert found.engine is None
-    assert "a callback" in found.passed_over["captured"]
+    assert f"nothing runs: backend={asked!r} was asked for" in str(found)
+    assert "a callback" in found.passed_over[asked]
+
+
+def test_fused_asked_for_where_only_captured_can() -> None:
+    case = make_case("linear")
+    case.policy = module(lambda z: z.sort(-1).values[..., :ACTION], ["latent"], ["action"])
+    with fastwm.backend("fused"):
+        found = case.env([B]).explain(T, case.policy, tensordict=case.start(B))
+    assert found.engine is None
+    assert "nothing runs: backend='fused' was asked for" in str(found)
+    assert found.passed_over["fused"] == "aten.sort: no row-wise form"
+    assert found.passed_over["captured"] == "backend='fused' was asked for"
 
 
 def test_nothing_is_rolled_out_and_nothing_drawn() -> None:
@@ -141,12 +166,12 @@ def test_the_plan_that_it_made_is_the_rollouts() -> None:
 def test_restarts_are_foreseen_only_where_a_row_can_finish() -> None:
     start = TensorDict({"latent": torch.zeros(B, 1)}, [B])
     policy = linear_policy(1)
-    for done_at, engine in ((None, "captured"), (3.0, "eager")):
+    for done_at, engine in ((None, "fused"), (3.0, "eager")):
         world_model = counting_world_model(done_at=done_at)
         env = fastwm.WorldModelEnv(world_model, spec_env(), batch_size=[B], initial_state=start)
         found = env.explain(T, policy, tensordict=start, break_when_any_done=False)
         assert found.engine == engine
-        assert env.explain(T, policy, tensordict=start).engine == "captured"
+        assert env.explain(T, policy, tensordict=start).engine == "fused"
 
 
 def test_errors_of_the_input_are_raised_as_the_rollout_raises_them() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastwm
 from fastwm.engines.captured import CapturedLoop
+from fastwm.engines.fused import FusedLoop
 from fastwm.parity import _compare_one
 from tests.models import CASES, counting_world_model, linear_policy, make_case, module, spec_env
 
@@ -27,7 +28,7 @@ def test_green_on_every_model(name: str) -> None:
     assert report.steps == T
     text = str(report)
     assert "captured: parity" in text
-    assert "fused: does not run this: the fused engine is not part of this version" in text
+    assert "fused: parity" in text
     compared = {c.name for e in report.engines for c in e.comparisons}
     assert any(n.startswith("grad of policy.") for n in compared)
     assert any(n.startswith("grad of model.") for n in compared)
@@ -106,21 +107,27 @@ def halved_gradient(value: Tensor) -> Tensor:
     return value.detach() / 2 + value / 2 if value.requires_grad else value
 
 
-def inject(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Results], Results]) -> None:
-    """Make the captured engine wrong once its plan, held against fewer steps, was accepted."""
-    run = CapturedLoop.run
+LOOPS: dict[str, type] = {"fused": FusedLoop, "captured": CapturedLoop}
+
+
+def inject(
+    monkeypatch: pytest.MonkeyPatch, engine: str, fault: Callable[[Results], Results]
+) -> None:
+    """Make an engine wrong once its plan, held against fewer steps, was accepted."""
+    run = LOOPS[engine].run
 
     def faulty(self: Any, horizon: int, *args: Any, **kwargs: Any) -> tuple[int, Results]:
         steps, results = run(self, horizon, *args, **kwargs)
         return steps, fault(results) if horizon == T else results
 
-    monkeypatch.setattr(CapturedLoop, "run", faulty)
+    monkeypatch.setattr(LOOPS[engine], "run", faulty)
 
 
+@pytest.mark.parametrize("engine", LOOPS)
 @pytest.mark.parametrize("name", FAULTS)
-def test_red_on_a_wrong_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_red_on_a_wrong_engine(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fault, key = FAULTS[name]
-    inject(monkeypatch, fault)
+    inject(monkeypatch, engine, fault)
     case = make_case("linear_done")
     report = fastwm.check_parity(
         case.env([B]), case.policy, case.start(B), T, gradients=False, break_when_any_done=False
@@ -128,13 +135,16 @@ def test_red_on_a_wrong_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert not report.ok
     bad = [c.name for e in report.engines for c in e.comparisons if not c.ok]
     assert bad == [key]
-    assert "captured: DIFFERS FROM EAGER" in str(report)
+    other = {"fused": "captured", "captured": "fused"}[engine]
+    assert f"{engine}: DIFFERS FROM EAGER" in str(report)
+    assert f"{other}: parity" in str(report)
     (line,) = [text for text in str(report).splitlines() if "BAD" in text]
     assert key in line
 
 
-def test_red_on_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    inject(monkeypatch, lambda r: {k: halved_gradient(v) for k, v in r.items()})
+@pytest.mark.parametrize("engine", LOOPS)
+def test_red_on_wrong_gradients(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inject(monkeypatch, engine, lambda r: {k: halved_gradient(v) for k, v in r.items()})
     case = make_case("linear")
     report = fastwm.check_parity(case.env([B]), case.policy, case.start(B), T)
     assert not report.ok
@@ -143,8 +153,9 @@ def test_red_on_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(n.startswith("grad of ") for n in bad)
 
 
-def test_red_on_missing_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    inject(monkeypatch, lambda r: {k: v.detach() for k, v in r.items()})
+@pytest.mark.parametrize("engine", LOOPS)
+def test_red_on_missing_gradients(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inject(monkeypatch, engine, lambda r: {k: v.detach() for k, v in r.items()})
     case = make_case("linear")
     report = fastwm.check_parity(case.env([B]), case.policy, case.start(B), T)
     assert not report.ok

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastwm.ops.library import cpu_isa, cpu_library
+
 __all__ = ["Engine", "available"]
 
 
@@ -34,9 +36,11 @@ def available() -> list[Engine]:
         ['fused', 'captured + CUDA graphs', 'captured + Inductor', 'captured', 'eager']
     """
     cuda = torch.cuda.is_available()
+    library = cpu_library()
+    fused = f"row programs in C++ ({cpu_isa()}), on the CPU" if library.loaded else library.reason
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     return [
-        Engine("fused", False, "not part of this version"),
+        Engine("fused", library.loaded, fused),
         Engine("captured + CUDA graphs", cuda, "CUDA device found" if cuda else "no CUDA device"),
         Engine(
             "captured + Inductor", compiler is not None or cuda,

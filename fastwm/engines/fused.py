@@ -72,6 +72,8 @@ class FusedLoop:
             program = fuse_act(lowered.program)
         except (NotLowerable, ProgramError) as reason:
             raise NotFusible(str(reason)) from reason
+        if bf16 and program.dtype is not torch.float32:
+            raise NotFusible(f"bfloat16 weights in a step of {str(program.dtype)[len('torch.') :]}")
         self.program = program
         self.dim = dim
         self.fed = list(fed)
