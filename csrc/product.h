@@ -232,9 +232,8 @@ void product_panel(const Product<T>& p, const typename B::Element* b, int64_t co
 template <typename T, typename B>
 void product_of(const Product<T>& p) {
   const int64_t count = panels<T>(p.n);
-  const int64_t last = p.last_panel < 0 ? count : p.last_panel;
   constexpr int64_t lanes = Lanes<T>::count;
-  for (int64_t i = p.first_panel; i < last; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     const Panel panel = panel_of<T>(p.n, i);
     const auto* b = static_cast<const typename B::Element*>(p.b) + panel.first * lanes * p.k;
     const int64_t column = panel.first * lanes;
@@ -380,7 +379,7 @@ FASTWM_INLINE void column_block(const Product<T>& p, const T* a, const T* b, con
         acc[i][j] = fma<Vec<T>>(spread<T>(a[i * p.lda + k]), y, acc[i][j]);
       }
     }
-    b += p.n;
+    b += p.ldb;
   }
 #pragma GCC unroll 4
   for (int i = 0; i < MR; ++i) {
@@ -402,7 +401,7 @@ void column_rows(const Product<T>& p, int64_t row) {
       for (int64_t n = 0; n < p.n; ++n) {
         T s = p.bias ? p.bias[n] : T(0);
         for (int64_t k = 0; k < p.k; ++k) {
-          s += a[i * p.lda + k] * w[k * p.n + n];
+          s += a[i * p.lda + k] * w[k * p.ldb + n];
         }
         c[i * p.ldc + n] = s;
       }

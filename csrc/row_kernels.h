@@ -58,12 +58,12 @@ struct Product {
   const void* b;
   Form form; // of b
   int64_t k, n;
+  int64_t ldb; // of kKn: elements from row to row
   const T* bias; // padded to whole vectors, or nullptr
   T* c; // [rows, padded(N)], row stride ldc
   int64_t ldc;
   Unary act; // applied to the result
   const T* act_params;
-  int64_t first_panel = 0, last_panel = -1; // of panels, only these; -1: all
 };
 
 template <typename T>

@@ -5,6 +5,7 @@
 #include "cpu_features.h"
 #include "row_code.h"
 #include "row_kernels.h"
+#include "team.h"
 
 #include <algorithm>
 #include <atomic>
@@ -30,7 +31,8 @@ constexpr int64_t kGroupRows = 32; // least rows per block of sums
 constexpr int64_t kSumRows = 192; // the same where sums of outer products are taken, which are read and written each time
 constexpr int64_t kGroups = 16; // most blocks of sums: they decide how many threads a gradient can use
 constexpr int64_t kGroupBytes = int64_t(64) << 20; // room for all blocks of sums
-constexpr int64_t kFewRows = 2; // up to which matrices are read as they are, not packed
+constexpr int64_t kFewRows = 1; // up to which matrices are read as they are, not packed
+constexpr int64_t kSharedProduct = 8192; // elements of a matrix from which threads share a product of few rows
 constexpr std::size_t kKept = std::size_t(16) << 20; // scratch that a thread keeps from call to call
 #if defined(FASTWM_CHECKED) // tests/csrc: scratch of the exact size, fresh NaN at every call, areas apart
 constexpr bool kChecked = true;
@@ -112,6 +114,7 @@ struct Shared { // what all tiles read
   std::vector<const void*> inputs;
   std::vector<void*> outputs;
   std::atomic<int64_t>* failed;
+  Team* team; // for few rows: threads that share the columns of a product
 };
 
 template <typename T>
@@ -283,10 +286,29 @@ class Tile {
     p.form = s_.few ? static_cast<Form>(m.layout) : s_.bf16 ? Form::kPanelsBf16 : Form::kPanels;
     p.k = m.k;
     p.n = m.n;
+    p.ldb = m.n;
     p.act = static_cast<Unary>(instr.attribute(act));
     parameters(instr, act + 1, act_params);
     p.act_params = act_params;
     return p;
+  }
+
+  // A product; its columns shared out where there is a team.
+  void multiply(const Product<T>& p) const {
+    if (s_.team == nullptr || p.k * p.n < kSharedProduct) {
+      return k_.product(p);
+    }
+    const int64_t parts = std::min(s_.team->threads(), p.n / (2 * kPad));
+    const int64_t width = padded((p.n + parts - 1) / parts);
+    s_.team->run((p.n + width - 1) / width, [&](int64_t part) {
+      const int64_t first = part * width;
+      Product<T> own = p;
+      own.n = std::min(width, p.n - first);
+      own.b = static_cast<const T*>(p.b) + first * (p.form == Form::kNk ? p.k : 1);
+      own.bias = p.bias == nullptr ? nullptr : p.bias + first;
+      own.c = p.c + first;
+      k_.product(own);
+    });
   }
 
   void copy_rows(int64_t rows, int64_t width, const T* from, int64_t ldf, T* to, int64_t ldt) const {
@@ -312,7 +334,7 @@ class Tile {
       p.b = matrix(m, own ? g : 0);
       p.bias = bias.space == Space::kNone ? nullptr : at(bias) + (own ? g * padded(m.n) : 0);
       p.c = whole ? at(out) + g * m.n : scratch_;
-      k_.product(p);
+      multiply(p);
       if (!whole) { // its padding would lie over the next group
         copy_rows(rows_, m.n, scratch_, p.ldc, at(out) + g * m.n, out.ld);
       }
@@ -358,7 +380,7 @@ class Tile {
       p.c = c;
       p.b = matrix(m, member);
       p.bias = bias.space == Space::kNone ? nullptr : at(bias) + member * padded(m.n);
-      k_.product(p);
+      multiply(p);
       for (int64_t i = 0; i < count; ++i) {
         std::memcpy(at(out) + indices_[i] * out.ld, c + i * p.ldc, m.n * sizeof(T));
       }
@@ -389,7 +411,14 @@ class Tile {
       b = scratch_;
       ldb = padded(w);
     }
-    k_.outer(rows, m, w, a, lda, b, ldb, to, ld);
+    if (s_.team == nullptr || m * w < kSharedProduct) {
+      return k_.outer(rows, m, w, a, lda, b, ldb, to, ld);
+    }
+    const int64_t height = (m + s_.team->threads() - 1) / s_.team->threads();
+    s_.team->run((m + height - 1) / height, [&](int64_t part) {
+      const int64_t first = part * height;
+      k_.outer(rows, std::min(height, m - first), w, a + first, lda, b, ldb, to + first * ld, ld);
+    });
   }
 
   void member_outer(const Instr& instr) const {
@@ -704,12 +733,14 @@ int64_t run(const Program& program, const double* immediates, const int64_t* map
   T* staged = static_cast<T*>(uniforms.get(sizeof(T) * std::max<int64_t>(h.uniforms, 1)));
   stage<T>(program, inputs, staged);
   std::atomic<int64_t> failed{0};
-  Shared<T> shared{program, k,     immediates, maps, staged, packed,  bf16,   few,
-                   reverse, rows,  steps,      0,    0,      inputs,  outputs, &failed};
+  const int64_t threads = std::max<int64_t>(1, Threads::count());
+  Team team(threads);
+  const bool teamed = few && rows > 0 && threads > 1;
+  Shared<T> shared{program, k,     immediates, maps, staged, packed,  bf16,    few,
+                   reverse, rows,  steps,      0,    0,      inputs,  outputs, &failed, teamed ? &team : nullptr};
 
   // Rows are cut into groups, one after the other on a thread, and those into tiles. With sums the cut must not depend
   // on the number of threads, so that they come out the same.
-  const int64_t threads = std::max<int64_t>(1, Threads::count());
   const int64_t tallest = std::clamp<int64_t>(kTileBytes / std::max<int64_t>(1, h.row_bytes) / 12 * 12, 12, kTallest);
   int64_t groups;
   if (h.sums > 0) {
@@ -749,7 +780,7 @@ int64_t run(const Program& program, const double* immediates, const int64_t* map
     }
     return found;
   };
-  Threads::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+  auto work = [&](int64_t begin, int64_t end) {
     thread_local Scratch memory;
     T* room = static_cast<T*>(memory.get(Tile<T>::bytes(h, shared.tile, shared.chunk)));
     for (int64_t g = begin; g < end; ++g) {
@@ -760,7 +791,20 @@ int64_t run(const Program& program, const double* immediates, const int64_t* map
       }
     }
     memory.trim();
-  });
+  };
+  if (teamed) { // few rows are one group
+    Threads::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      if (begin == 0) {
+        const Team::Lead lead(team);
+        work(0, groups);
+      }
+      if (end > 1) {
+        team.help();
+      }
+    });
+  } else {
+    Threads::parallel_for(0, groups, 1, work);
+  }
   if (groups == 0) {
     sums_of(0);
   }
