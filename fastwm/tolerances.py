@@ -65,7 +65,7 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("rollout.bf16_weights", torch.float32): Tolerance(
         3e-2,
         3e-2,
-        "weights are off by 2**-9 = 2e-3 relative at most; 15 steps, each fed by the last, add up to 15 of that",
+        "weights are off by 2**-9 = 2e-3 relative at most; 15 steps add up to 15 of that",
     ),
     # fastwm.lambda_return. The CPU kernel keeps the reference's order of operations and rounds each
     # once.

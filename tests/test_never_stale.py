@@ -1,8 +1,8 @@
-"""Never stale: whatever the eager path would see at the next call, the captured engine sees, or hands over.
+"""Never stale: whatever the eager path would see at the next call, the fast engines see, or hand over.
 
-One test for each thing that may change. Each rolls out twice on the captured engine (the second time on the
-first's plan), makes the change, and holds the next rollout against eager's. It also asks that the change did
-change the result: a plan that had missed it would have been wrong.
+One test for each thing that may change, on the fused and on the captured engine. Each rolls out twice on that
+engine (the second time on the first's plan), makes the change, and holds the next rollout against eager's. It
+also asks that the change did change the result: a plan that had missed it would have been wrong.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torchrl.envs import set_exploration_type
 
 import fastwm
 from fastwm.plan import cache_of
-from tests.compare import assert_close, assert_same, run, why_eager
+from tests.compare import assert_close, assert_same, run, why_eager, why_not_fused
 from tests.models import (
     ACTION,
     LATENT,
@@ -104,12 +104,25 @@ class Scene:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def check(scene: Scene) -> None:
+ENGINES = ("captured", "fused")
+# Scenes whose step is no row program, and why; all others run on the fused engine.
+UNFUSED = {
+    "default_dtype": "a value of dtype float64",
+    "tensor_that_a_function_closes_over": "mixes rows",
+}
+
+
+def check(scene: Scene, engine: str = "captured", unfused: str = "") -> None:
     policy = linear_policy() if scene.policy is None else scene.policy
     env = env_of(scene.dynamics) if scene.env is None else scene.env
     extra = {"trust_policy": scene.trust, **scene.extra}
-    before, _ = run("captured", env, T, policy, start(), **extra)
-    again, _ = run("captured", env, T, policy, start(), **extra)
+    if engine == "fused":
+        why_not = why_not_fused(env, policy, start(), **extra)
+        assert (unfused in why_not) if unfused else (why_not == "")
+        if why_not:
+            return
+    before, _ = run(engine, env, T, policy, start(), **extra)
+    again, _ = run(engine, env, T, policy, start(), **extra)
     assert not differs(before, again)
     assert cache_of(env).traces == 1, "the second rollout did not use the first's plan"
     new = scene.change()
@@ -120,8 +133,13 @@ def check(scene: Scene) -> None:
         twice, _ = run("auto", env, T, policy, start(), **extra)
         want, want_state = run("eager", env, T, policy, start(), **extra)
         reason = why_eager(env, policy, start(), **extra)
-    assert_same(got, want)
-    assert_same(twice, want)
+        by_name = []
+        if not (
+            scene.eager or (engine == "fused" and why_not_fused(env, policy, start(), **extra))
+        ):
+            by_name.append(run(engine, env, T, policy, start(), **extra)[0])
+    for out in (got, twice, *by_name):
+        assert_same(out, want)
     assert torch.equal(got_state, want_state)
     assert differs(before, want), "the change did nothing, so this test shows nothing"
     assert (scene.eager in reason) if scene.eager else (reason == "")
@@ -1323,27 +1341,29 @@ def trust_policy() -> Scene:
     return scene_
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", SCENES)
-def test_change_of(name: str) -> None:
+def test_change_of(name: str, engine: str) -> None:
     torch.manual_seed(0)
     built = SCENES[name]()
     if name == "trust_policy":
-        check_trust(built)
+        check_trust(built, engine)
     else:
-        check(built)
+        check(built, engine, UNFUSED.get(name, ""))
 
 
-def check_trust(built: Scene) -> None:
+def check_trust(built: Scene, engine: str) -> None:
     env = env_of(built.dynamics)
     for trust, value in ((False, 0), (True, 1), (False, 0), (True, 1)):
-        out, _ = run("captured", env, T, built.policy, start(), trust_policy=trust)
+        out, _ = run(engine, env, T, built.policy, start(), trust_policy=trust)
         assert out["action"].eq(value).all()
 
 
 # ---------------------------------------------------------------- there and back
 
 
-def test_plans_of_both_modes_are_kept() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_plans_of_both_modes_are_kept(engine: str) -> None:
     """train() and eval() in turns: each traced once, each right."""
     torch.manual_seed(0)
     net, policy = WithDropout(), linear_policy()
@@ -1351,44 +1371,47 @@ def test_plans_of_both_modes_are_kept() -> None:
     for mode in (True, False, True, False, True):
         net.train(mode)
         assert_same(
-            run("captured", env, T, policy, start())[0], run("eager", env, T, policy, start())[0]
+            run(engine, env, T, policy, start())[0], run("eager", env, T, policy, start())[0]
         )
     assert cache_of(env).traces == 2
 
 
-def test_a_hook_that_is_removed_gives_the_engine_back() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_hook_that_is_removed_gives_the_engine_back(engine: str) -> None:
     torch.manual_seed(0)
     net, policy = Dynamics(), linear_policy()
     env = env_of(net)
-    before, _ = run("captured", env, T, policy, start())
+    before, _ = run(engine, env, T, policy, start())
     handle = weights(net).register_forward_hook(tripled)
     with pytest.warns(UserWarning, match="hook on Linear"):
         run("auto", env, T, policy, start())
     handle.remove()
-    assert not differs(run("captured", env, T, policy, start())[0], before)
+    assert not differs(run(engine, env, T, policy, start())[0], before)
 
 
-def test_equal_values_and_new_tensors_of_the_same_kind_need_no_new_trace() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_equal_values_and_new_tensors_of_the_same_kind_need_no_new_trace(engine: str) -> None:
     torch.manual_seed(0)
     net, policy = holding(lambda: 1.5, lambda h: h), linear_policy()
     env = env_of(net)
-    run("captured", env, T, policy, start())
+    run(engine, env, T, policy, start())
     net.held = float("1.5")
     net.load_state_dict(doubled(net), assign=False)
     weights(net).weight = nn.Parameter(torch.randn(LATENT, LATENT + ACTION))
-    got, _ = run("captured", env, T, policy, start())
+    got, _ = run(engine, env, T, policy, start())
     assert cache_of(env).traces == 1
     assert_same(got, run("eager", env, T, policy, start())[0])
 
 
-def test_gradients_go_to_the_parameters_that_are_there_now() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_go_to_the_parameters_that_are_there_now(engine: str) -> None:
     torch.manual_seed(0)
     net, policy = Dynamics(), linear_policy()
     env = env_of(net)
     old = weights(net).weight
-    run("captured", env, T, policy, start())
+    run(engine, env, T, policy, start())
     new = weights(net).weight = nn.Parameter(torch.randn(LATENT, LATENT + ACTION))
-    out, _ = run("captured", env, T, policy, start())
+    out, _ = run(engine, env, T, policy, start())
     out["next", "reward"].sum().backward()
     assert old.grad is None
     assert new.grad is not None
@@ -1398,7 +1421,7 @@ def test_gradients_go_to_the_parameters_that_are_there_now() -> None:
 def test_training_in_between_rollouts() -> None:
     """A few optimizer steps on imagined returns, by each engine: the same weights at the end."""
     ends = []
-    for engine in ("eager", "captured"):
+    for engine in ("eager", *ENGINES):
         torch.manual_seed(0)
         net, policy = Dynamics(), linear_policy()
         env = env_of(net)
@@ -1410,8 +1433,9 @@ def test_training_in_between_rollouts() -> None:
             (-out["next", "reward"].mean()).backward()
             optimizer.step()
         ends.append([p.detach().clone() for p in policy.parameters()])
-    for got, want in zip(ends[1], ends[0], strict=True):
-        assert_close(got, want, "rollout.gradient", "trained weights")
+    for end in ends[1:]:
+        for got, want in zip(end, ends[0], strict=True):
+            assert_close(got, want, "rollout.gradient", "trained weights")
 
 
 def test_a_policy_module_made_in_a_function_of_the_step() -> None:
