@@ -38,7 +38,7 @@ FASTWM_INLINE Vec<T> gelu_tanh_inner(Vec<T> x) {
 // tanh(softplus(x)) as a ratio of polynomials in exp(x): (e^2 + 2 e) / (e^2 + 2 e + 2).
 template <typename T>
 FASTWM_INLINE Vec<T> tanh_softplus(Vec<T> x) {
-  const Vec<T> e = exp_(clamp_<T>(x, T(-100), T(20)));
+  const Vec<T> e = exp_(clamp_<T>(x, T(sizeof(T) == 4 ? -110 : -750), T(20))); // 0 at the lower end
   const Vec<T> n = e * (e + spread<T>(2));
   if constexpr (sizeof(T) == 4) {
     return n * reciprocal_<T>(n + spread<T>(2));
@@ -480,9 +480,9 @@ void softmax(bool log, int64_t rows, int64_t groups, int64_t n, const T* x, int6
       T* q = to + g * n;
       const T m = max_of<T>(p, n);
       if (log) {
-        const T shift = m + log_one<T>(exp_sum<T>(p, m, n));
+        const T rest = log_one<T>(exp_sum<T>(p, m, n));
         for (int64_t i = 0; i < n; ++i) {
-          q[i] = p[i] - shift;
+          q[i] = (p[i] - m) - rest; // m + rest would lose the rest where m is large
         }
       } else {
         exp_shifted<T>(p, m, q, n);

@@ -19,6 +19,15 @@
 
 #define FASTWM_INLINE static inline __attribute__((always_inline))
 
+// A vector of which the compiler shall forget where it came from.
+#if defined(__x86_64__) || defined(__i386__)
+#define FASTWM_OPAQUE(v) __asm__("" : "+v"(v))
+#elif defined(__aarch64__)
+#define FASTWM_OPAQUE(v) __asm__("" : "+w"(v))
+#else
+#define FASTWM_OPAQUE(v) __asm__("" : "+m"(v))
+#endif
+
 namespace {
 
 // The C library's functions by type; those of <cmath> would be inline functions that the linker may share.
@@ -233,9 +242,7 @@ FASTWM_INLINE Vec<float> round_(Vec<float> x) {
   // Adding 1.5 * 2**23 rounds to the nearest integer for |x| < 2**22.
   const Vec<float> magic = spread<float>(12582912.0f);
   Vec<float> y = x + magic;
-#if defined(__GNUC__)
-  __asm__("" : "+v"(y)); // not to be simplified away
-#endif
+  FASTWM_OPAQUE(y); // not to be simplified away
   return y - magic;
 }
 
@@ -324,7 +331,7 @@ FASTWM_INLINE Vec<double> log1p_(Vec<double> x) {
   return lanewise<double>(x, [](double v) { return log1p_one(v); });
 }
 
-// 3 ulp.
+// 2 ulp.
 FASTWM_INLINE Vec<float> tanh_(Vec<float> x) {
   const Vec<float> a = abs_<float>(x), z = x * x;
   Vec<float> p = spread<float>(-5.70498872745e-3f);
@@ -348,28 +355,33 @@ FASTWM_INLINE Vec<T> sigmoid_(Vec<T> x) {
   return spread<T>(1) / (spread<T>(1) + exp_(-x));
 }
 
-// 1 / (1 + exp(-x)) for use inside products with x, where what is left of it below -80 does not matter: no division,
-// and base 2 throughout. Relative error 4e-7 * (1 + |x| / 10).
+// 1 / (1 + exp(-x)) for use inside products with x: no division, and base 2 throughout. Below -87, where what is left of
+// it does not matter, it is 0: then the product is 0, or NaN at -inf, as torch has it. 4 ulp; without multiply-add
+// (portable) 4 + |x| / 1.2.
 template <typename T>
 FASTWM_INLINE Vec<T> quick_sigmoid(Vec<T> x) {
   if constexpr (sizeof(T) == 4) {
-    const Vec<float> limit = spread<float>(120.0f);
-    Vec<float> t = x * spread<float>(-1.44269504088896341f);
-    t = t > limit ? limit : t; // NaN stays
+    const IVec<float> gone = x < spread<float>(-87.0f);
+    x = x > spread<float>(87.0f) ? spread<float>(87.0f) : x; // NaN stays
+    Vec<float> same = x;
+    FASTWM_OPAQUE(same); // else the first multiply-add below becomes t - n
+    const Vec<float> t = same * spread<float>(-1.44269504088896341f);
 #if defined(__AVX512F__)
     const Vec<float> n = (Vec<float>)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-    t = t < -limit ? -limit : t;
     const Vec<float> n = round_(t);
 #endif
-    const Vec<float> r = t - n;
+    // -x * log2(e) - n, log2(e) in two parts: the rounding of t would be |x| / 1.4 ulp of the result.
+    Vec<float> r = fma(x, spread<float>(-1.44269504088896341f), -n);
+    r = fma(x, spread<float>(-1.92596303e-8f), r);
     Vec<float> p = spread<float>(1.3264707e-3f); // 2**r on [-0.5, 0.5], 9e-8
     p = fma(p, r, spread<float>(9.6715109e-3f));
     p = fma(p, r, spread<float>(5.5507338e-2f));
     p = fma(p, r, spread<float>(2.4022242e-1f));
     p = fma(p, r, spread<float>(6.9314698e-1f));
     p = fma(p, r, spread<float>(1.0f));
-    return reciprocal_<float>(spread<float>(1) + scale_(p, n));
+    const Vec<float> y = reciprocal_<float>(spread<float>(1) + scale_(p, n));
+    return gone ? spread<float>(0) : y;
   } else {
     return sigmoid_<T>(x);
   }

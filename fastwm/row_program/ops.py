@@ -135,9 +135,14 @@ UNARY_GRAD: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "sigmoid_grad": (lambda g, y: g * y * (1 - y), ()),
     **{
         f"{name}_grad": (_through(UNARY[name][0]), UNARY[name][1])
-        for name in ("relu", "silu", "mish", "gelu", "gelu_tanh", "leaky_relu", "softplus", "elu",
-                     "log_sigmoid")
+        for name in ("relu", "silu", "mish", "gelu", "gelu_tanh", "leaky_relu", "softplus", "log_sigmoid")
     },
+    "elu_grad": (
+        lambda g, x, alpha, scale, input_scale: torch.ops.aten.elu_backward(
+            g, alpha, scale, input_scale, False, x
+        ),
+        UNARY["elu"][1],
+    ),
 }  # fmt: skip
 
 
@@ -524,7 +529,7 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     **_REDUCE,
     "where": lambda c, a, b: torch.where(c != 0, a, b),
     # One row; the interpreter spreads it over all.
-    "fill": lambda value, shape, kind: torch.full((1, *shape), float(value)),
+    "fill": lambda value, shape, kind: torch.full((1, *shape), float(value), dtype=torch.float64),
     "row": lambda u: u.unsqueeze(0),
     "cast": _cast,
     "reshape": lambda x, shape: x.reshape(len(x), *shape),
