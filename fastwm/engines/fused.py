@@ -280,16 +280,28 @@ class FusedLoop:
         draws = self.lowered.draws
         if not draws and feed is None:
             return {}
-        steps: dict[Any, list[torch.Tensor]] = {d.name: [] for d in draws if d.name is not None}
+        found: dict[Any, torch.Tensor] = {}
+        fills: dict[int, Sequence[torch.Tensor]] = {}  # where each step's noise goes, at once
+        for position, draw in enumerate(draws):
+            if draw.fill is not None and draw.name is not None and draw.dtype is self.program.dtype:
+                noise = torch.empty((horizon, *draw.shape), dtype=draw.dtype)
+                fills[position] = noise.unbind(0)
+                found[draw.name] = noise
+        steps: dict[Any, list[torch.Tensor]] = {
+            d.name: [] for i, d in enumerate(draws) if d.name is not None and i not in fills
+        }
         fed: list[Sequence[torch.Tensor]] = []
-        for _ in range(horizon):
+        for step in range(horizon):
             if feed is not None:
                 fed.append(feed())
-            for draw in draws:
+            for position, draw in enumerate(draws):
+                if position in fills:
+                    draw.fill(fills[position][step])  # type: ignore[misc]
+                    continue
                 noise = draw.sample()
                 if draw.name is not None:
                     steps[draw.name].append(noise if draw.plain else draw.rows(noise))
-        found = {name: torch.stack(noise) for name, noise in steps.items()}
+        found.update({name: torch.stack(noise) for name, noise in steps.items()})
         for position, name in enumerate(self.fed if feed is not None else ()):
             if name in self.program.inputs:
                 found[name] = torch.stack([f[position] for f in fed])

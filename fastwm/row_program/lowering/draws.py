@@ -12,7 +12,7 @@ import torch
 from fastwm.row_program.lowering.errors import NotLowerable
 from fastwm.row_program.lowering.layout import Atom, Dims, Laid, inner_atoms
 from fastwm.row_program.lowering.registry import Call, lowers
-from fastwm.step_graph import Meta
+from fastwm.step_graph import Meta, Value
 
 if TYPE_CHECKING:
     from fastwm.row_program.lowering.step import StepLowering as Step
@@ -30,6 +30,8 @@ class Draw:
         shape, dtype: of one step's noise, as eager draws it.
         plain: the noise is ``[*batch, *inner]``: rows need no rearranging.
         inner: shape of the program's input.
+        fill: where there is such a call: writes the same noise into a contiguous tensor of ``shape``, which
+            lies in memory as the program's ``[rows, *inner]``.
     """
 
     name: Any
@@ -39,6 +41,7 @@ class Draw:
     inner: tuple[int, ...]
     make: Callable[[], torch.Tensor]
     arrange: Callable[[torch.Tensor], torch.Tensor]
+    fill: Callable[[torch.Tensor], Any] | None = None
 
     def sample(self) -> torch.Tensor:
         """This step's noise, in eager's shape, by the call that eager makes."""
@@ -81,6 +84,7 @@ def placements(shape: Sequence[int], batch: Sequence[Atom | None]) -> Iterator[D
 def drawn(
     s: Step, make: Callable[[], torch.Tensor], meta: Meta, known: Dims | None, kind: str,
     bound: float | None = None, limits: tuple[float, float] | None = None,
+    fill: Callable[[torch.Tensor], Any] | None = None,
 ) -> Laid:  # fmt: skip
     """A step input for noise; ``known``: where its batch lies, else the step tries placements."""
     shape = tuple(meta.shape)
@@ -110,6 +114,7 @@ def drawn(
         s.b.ranges[val.index] = limits
     s.draws.append(Draw(name, shape, meta.dtype, plain, inner, make, _arranger(s, dims, inner)))
     laid = Laid(val, dims, order, kind)
+    _fill(s.draws[-1], fill)
     return s.b.bounded(laid, bound) if kind == "int" else laid
 
 
@@ -172,7 +177,34 @@ def _draw(s: Step, c: Call) -> Laid:
             raise NotLowerable(f"aten.{c.name} of any integer")
         low = c.get("low", c.get("from", 0)) or 0
         bound, limits = float(max(abs(high), abs(low))), (float(low), high - 1.0)
-    return drawn(s, make, meta, known, kind, bound, limits)
+    return drawn(s, make, meta, known, kind, bound, limits, fill=_filler(s, c, meta))
+
+
+def _fill(draw: Draw, fill: Callable[[torch.Tensor], Any] | None) -> None:
+    """Keep ``fill`` if the noise need only be seen in another shape to be what the program takes."""
+    if fill is not None:
+        order = torch.arange(math.prod(draw.shape))
+        if torch.equal(draw.rows(order.reshape(draw.shape)).flatten(), order):
+            draw.fill = fill
+
+
+def _filler(s: Step, c: Call, meta: Meta) -> Callable[[torch.Tensor], Any] | None:
+    """The call that draws the same numbers into memory that is there."""
+    generator = c.op.kwargs.get("generator")
+    on_like = c.op.mutates or c.name.endswith("_like")
+    if on_like and not s.like(c.op.args[0], tuple(meta.shape), meta.dtype)().is_contiguous():
+        return None
+    if c.name in ("randn", "randn_like", "rand", "rand_like"):
+        method = getattr(torch.Tensor, "normal_" if "randn" in c.name else "uniform_")
+        return lambda out: method(out, generator=generator)
+    if c.name in ("normal", "uniform", "exponential") and c.op.mutates:
+        rest = c.op.args[1:]
+        if any(isinstance(a, Value) for a in rest):
+            return None
+        named = getattr(torch.Tensor, f"{c.name}_")
+        kwargs = {k: v for k, v in c.op.kwargs.items() if v is not None}
+        return lambda out: named(out, *rest, **kwargs)
+    return None
 
 
 def _normal(s: Step, c: Call, meta: Meta) -> Laid:
@@ -226,10 +258,14 @@ def _multinomial(s: Step, c: Call) -> Laid:
     def make() -> torch.Tensor:
         return empty().exponential_(1, generator=generator)
 
+    def fill(out: torch.Tensor) -> Any:
+        return out.exponential_(1, generator=generator)
+
     p = s.b.as_row(p)
     noise = drawn(
-        s, make, Meta(torch.Size(shape), dtype, meta.device), s.dims_of([p], shape), "float"
-    )
+        s, make, Meta(torch.Size(shape), dtype, meta.device), s.dims_of([p], shape), "float",
+        fill=fill if empty().is_contiguous() else None,
+    )  # fmt: skip
     last = len(p.dims) - 1
     s.check(s.b.unary("isfinite", p))
     s.check(s.b.elementwise("ge", p, 0.0))
