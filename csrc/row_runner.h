@@ -698,7 +698,6 @@ void refresh(const Program& program, const Kernels<T>& k, const std::vector<cons
   });
 }
 
-//   Threads: static int64_t count(); static void parallel_for(begin, end, grain, f), as at::parallel_for.
 // Fresh memory costs a page fault for every 4 KiB that is first written; huge pages spare most of them.
 inline void ask_for_huge_pages(void* data, std::size_t bytes) {
 #if defined(__linux__)
@@ -714,6 +713,7 @@ inline void ask_for_huge_pages(void* data, std::size_t bytes) {
 #endif
 }
 
+// Threads: static int64_t count(); static void parallel_for(begin, end, grain, f), as at::parallel_for.
 template <typename T, typename Threads>
 int64_t run(const Program& program, const double* immediates, const int64_t* maps, void* packed, int64_t* prints,
             std::vector<const void*> inputs, std::vector<void*> outputs, int64_t rows, int64_t steps, bool reverse,
@@ -741,7 +741,10 @@ int64_t run(const Program& program, const double* immediates, const int64_t* map
 
   // Rows are cut into groups, one after the other on a thread, and those into tiles. With sums the cut must not depend
   // on the number of threads, so that they come out the same.
-  const int64_t tallest = std::clamp<int64_t>(kTileBytes / std::max<int64_t>(1, h.row_bytes) / 12 * 12, 12, kTallest);
+  // A tile's rows should fit the cache; but where the matrices do not, each tile reads all of them at each step from
+  // further away, and must have rows enough to make up for it.
+  const int64_t tile_bytes = std::max(kTileBytes, h.packed_elements * int64_t(sizeof(T)) / 2);
+  const int64_t tallest = std::clamp<int64_t>(tile_bytes / std::max<int64_t>(1, h.row_bytes) / 12 * 12, 24, kTallest);
   int64_t groups;
   if (h.sums > 0) {
     // A thread's tiles should be tall, for the sums are read and written once per tile; but two threads shall share 64
@@ -750,7 +753,7 @@ int64_t run(const Program& program, const double* immediates, const int64_t* map
     const int64_t room = kGroupBytes / std::max<int64_t>(1, h.sum_elements * int64_t(sizeof(T)));
     groups = std::clamp<int64_t>(std::min(most, room), 1, kGroups);
   } else {
-    groups = (rows + tallest - 1) / tallest;
+    groups = std::max<int64_t>(1, (rows + tallest - 1) / tallest); // one even without rows
     groups = std::min((groups + threads - 1) / threads * threads, std::max<int64_t>(1, rows / 8));
   }
   const int64_t per_group = std::max<int64_t>(1, (rows + groups - 1) / groups);
