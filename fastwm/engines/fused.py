@@ -341,6 +341,7 @@ class _Backward:
     executor: Executor
     inputs: list[Any]  # those of the forward run that it reads
     outputs: list[Any]
+    dtypes: list[torch.dtype]  # of the executor's inputs
 
 
 class _Mode:
@@ -375,10 +376,17 @@ class _Mode:
                 n for n, s in gradient.saved.items()
                 if s.kind == "input" and s.name in self.loop.time_major
             }  # fmt: skip
+            backward = gradient.backward
+            executor = Executor(backward, time_major=major)
+            kinds = [backward.type(backward.inputs[n].val).kind for n in executor.inputs]
+            other = {"bool": torch.bool, "int": torch.int64}
+            sources = gradient.sources()
             self.backwards[given] = _Backward(
                 gradient,
-                Executor(gradient.backward, time_major=major),
-                *([n for k, n in gradient.sources() if k == kind] for kind in ("input", "output")),
+                executor,
+                [n for kind, n in sources if kind == "input"],
+                [n for kind, n in sources if kind == "output"],
+                [other.get(kind, backward.dtype) for kind in kinds],
             )
         return self.backwards[given]
 
@@ -433,7 +441,11 @@ class _Rollout(torch.autograd.Function):
                 if again:
                     outputs = _rerun(mode, ctx.steps, inputs)
                 ready = how.gradient.gather(inputs, outputs, given, rows=mode.loop.rows)
-                order = [ready[n].detach().contiguous() for n in how.executor.inputs]
+                # An output may be of another kind than the value it is made of: a one-hot, as integers.
+                order = [
+                    ready[n].detach().to(dtype).contiguous()
+                    for n, dtype in zip(how.executor.inputs, how.dtypes, strict=True)
+                ]
                 results, _ = how.executor.run(order, mode.loop.rows, ctx.steps, reverse=True)
                 names = [made[0] for made in how.executor._made]
                 made = dict(zip(names, results, strict=True))
