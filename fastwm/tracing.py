@@ -157,6 +157,12 @@ class _Recorder(TorchDispatchMode):
     def dispatch(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.inside is not None:
             return self.inside.run(func, args, kwargs, self)
+        if torch.is_inference_mode_enabled():
+            # Ops that autograd would have taken apart: as they come without inference mode.
+            with self:
+                pieces = func.decompose(*args, **kwargs)
+            if pieces is not NotImplemented:
+                return pieces
         # Tensors become values before the op may change them.
         ref_args, ref_kwargs = self._refer(args, func), self._refer(kwargs, func)
         inputs = [self.values[id(t)] for t in _tensors((args, kwargs))]
