@@ -298,7 +298,7 @@ class Tile {
     if (s_.team == nullptr || p.k * p.n < kSharedProduct) {
       return k_.product(p);
     }
-    const int64_t parts = std::min(s_.team->threads(), p.n / (2 * kPad));
+    const int64_t parts = std::clamp<int64_t>(p.n / (2 * kPad), 1, s_.team->threads()); // a narrow product is one
     const int64_t width = padded((p.n + parts - 1) / parts);
     s_.team->run((p.n + width - 1) / width, [&](int64_t part) {
       const int64_t first = part * width;
