@@ -1,4 +1,9 @@
-"""Which engine is asked for: per env or loss, per block of code, per process."""
+"""Which engine is asked for: per env or loss, per block of code, per process.
+
+``"fused"`` runs the step as a row program, the whole horizon in one call of the C++ library (CPU, float32 or
+float64). ``"captured"`` loops the traced step without TensorDict. ``"eager"`` is ``EnvBase.rollout`` itself,
+the definition. ``"auto"`` is the first of them that takes the rollout.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,8 @@ class backend:
     """Ask for an engine within a block: ``with fastwm.backend("eager"): ...``.
 
     The innermost block wins, then the ``backend=`` of the env or loss when it is not ``"auto"``, then
-    the environment variable ``FASTWM_BACKEND``, then ``"auto"``: the fastest engine that can run.
+    the environment variable ``FASTWM_BACKEND``, then ``"auto"``: the fastest engine that can run. One asked
+    for by name that cannot run raises, saying why.
 
     Args:
         name: ``"auto"``, ``"fused"``, ``"captured"`` or ``"eager"``.

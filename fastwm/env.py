@@ -70,7 +70,8 @@ class WorldModelEnv(ModelBasedEnvBase):
             :class:`fastwm.backend` and the variable ``FASTWM_BACKEND`` choose for a block or a process.
         fused_weights: ``torch.bfloat16`` lets the fused engine round matrices to bfloat16 (products and
             sums stay float32), in rollouts without gradients: half the memory to read at small batches, at
-            the precision of ``("rollout.bf16_weights", ...)`` in :mod:`fastwm.tolerances`. Default: as they are.
+            the precision of ``("rollout.bf16_weights", ...)`` in :mod:`fastwm.tolerances`. Rollouts with
+            gradients and float64 models then run on the captured engine. Default: as they are.
 
     Raises:
         ValueError: the step reads ``latent_key`` but never writes it under ``"next"``, so that it could

@@ -110,6 +110,12 @@ class FusedLoop:
             except ProgramError as reason:
                 raise NotFusible(str(reason)) from reason
         self._blocks: Executor | None = None
+        # What every call needs, worked out once.
+        self._rows_in = [n for n, i in program.inputs.items() if i.role != "uniform"]
+        self._paths = [n[1] for n in lowered.casts]
+        dtypes = (program.dtype, torch.bool, torch.int64)
+        self._as_written = all(dtype in dtypes for _, dtype in lowered.casts.values())
+        self._sizes: dict[int, list[tuple[tuple[int, ...], torch.dtype]]] = {}
 
     # -- making executors
 
@@ -208,12 +214,7 @@ class FusedLoop:
         states = [(g, g.get_state()) for g in self._generators()] if stop and random else []
         given = self._drawn(horizon, feed)
         uniforms = self._uniforms(constants)
-        tensors = []
-        for name, item in self.program.inputs.items():
-            if item.role == "uniform":
-                continue
-            value = given[name] if name in given else inputs[name[1]]
-            tensors.append(value if value.is_contiguous() else value.contiguous())
+        tensors = [given[n] if n in given else inputs[n[1]].contiguous() for n in self._rows_in]
         tensors += uniforms
         if grad and not torch.is_inference_mode_enabled():
             # Flags that the env made under inference mode, for one: autograd would not save them.
@@ -237,10 +238,14 @@ class FusedLoop:
                 }
             else:
                 executor = self._plain or self._no_grad()
-                results, failed = executor.run(tensors, self.rows, horizon)
+                outputs = self._fresh(horizon) if self._as_written else None
+                results, failed = executor.run(tensors, self.rows, horizon, outputs=outputs)
         if failed:
             raise ChecksFailed
-        values = self._named(results, inputs, horizon)
+        if grad or finals or not self._as_written or self.lowered.passed:
+            values = self._named(results, inputs, horizon)
+        else:
+            values = dict(zip(self._paths, results, strict=True))
         steps = self._stopped(values, horizon) if stop else horizon
         if steps < horizon:
             for generator, state in states:
@@ -252,6 +257,17 @@ class FusedLoop:
                 first = {name[1] for name in self.requiring(1)}
                 values = {k: t if k in first else t.detach() for k, t in values.items()}
         return steps, values, after
+
+    def _fresh(self, steps: int) -> list[torch.Tensor]:
+        """Tensors for the results, in the shapes that the caller gets."""
+        sizes = self._sizes.get(steps)
+        if sizes is None:
+            if len(self._sizes) > 64:
+                self._sizes.clear()
+            casts = self.lowered.casts.values()
+            sizes = [((*self.batch, steps, *inner), dtype) for inner, dtype in casts]
+            self._sizes[steps] = sizes
+        return [torch.empty(size, dtype=dtype) for size, dtype in sizes]
 
     def _no_grad(self) -> Executor:
         self._plain = self._executor(self.program, finals=())
@@ -281,26 +297,39 @@ class FusedLoop:
         if not draws and feed is None:
             return {}
         found: dict[Any, torch.Tensor] = {}
-        fills: dict[int, Sequence[torch.Tensor]] = {}  # where each step's noise goes, at once
-        for position, draw in enumerate(draws):
-            if draw.fill is not None and draw.name is not None and draw.dtype is self.program.dtype:
-                noise = torch.empty((horizon, *draw.shape), dtype=draw.dtype)
-                fills[position] = noise.unbind(0)
-                found[draw.name] = noise
-        steps: dict[Any, list[torch.Tensor]] = {
-            d.name: [] for i, d in enumerate(draws) if d.name is not None and i not in fills
-        }
+        steps: dict[Any, list[torch.Tensor]] = {}
+        calls: list[tuple[Any, Any]] = []  # how each op draws, and where to
+        for draw in draws:
+            if draw.name is None:
+                calls.append((draw, None))
+            elif draw.fill is not None and draw.dtype is self.program.dtype:
+                noise = found[draw.name] = torch.empty((horizon, *draw.shape), dtype=draw.dtype)
+                calls.append((draw.fill, noise.unbind(0)))
+            else:
+                steps[draw.name] = []
+                calls.append((draw, steps[draw.name]))
+        if feed is None and not steps and all(to is not None for _, to in calls):
+            if len(calls) == 1:
+                fill, to = calls[0]
+                for noise in to:
+                    fill(noise)
+            else:
+                fills = [fill for fill, _ in calls]
+                for step_noise in zip(*(to for _, to in calls), strict=True):
+                    for fill, noise in zip(fills, step_noise, strict=True):
+                        fill(noise)
+            return found
         fed: list[Sequence[torch.Tensor]] = []
         for step in range(horizon):
             if feed is not None:
                 fed.append(feed())
-            for position, draw in enumerate(draws):
-                if position in fills:
-                    draw.fill(fills[position][step])  # type: ignore[misc]
+            for call, to in calls:
+                if isinstance(to, tuple):
+                    call(to[step])
                     continue
-                noise = draw.sample()
-                if draw.name is not None:
-                    steps[draw.name].append(noise if draw.plain else draw.rows(noise))
+                noise = call.sample()
+                if to is not None:
+                    to.append(noise if call.plain else call.rows(noise))
         found.update({name: torch.stack(noise) for name, noise in steps.items()})
         for position, name in enumerate(self.fed if feed is not None else ()):
             if name in self.program.inputs:
@@ -316,7 +345,9 @@ class FusedLoop:
         for name, source in self.lowered.passed.items():
             value = inputs[source[1]]
             shape = (*value.shape[: self.dim], steps, *value.shape[self.dim :])
-            values[name[1]] = value.unsqueeze(self.dim).expand(shape).contiguous()
+            values[name[1]] = (
+                value.unsqueeze(self.dim).expand(shape).clone(memory_format=torch.contiguous_format)
+            )
         return values
 
     def _stopped(self, values: Tensors, horizon: int) -> int:

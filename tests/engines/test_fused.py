@@ -354,6 +354,19 @@ def test_positions_out_of_range_raise_what_eager_raises(kind: str) -> None:
         held(env, policy, good, T)
 
 
+def test_what_is_not_finite_in_a_table_stays_where_it_is() -> None:
+    torch.manual_seed(0)
+    table = nn.Embedding(4, ACTION)
+    env, policy = env_of(lambda z, a: z + a.sum(-1, keepdim=True)), looked_up("embedding", table)
+    start = TensorDict({"latent": torch.tensor([[0.5], [2.0], [0.0]]).expand(B, LATENT)}, [B])
+    with torch.no_grad():
+        table.weight[:] = 0.0
+        table.weight[1], table.weight[3] = torch.nan, torch.inf
+        table.weight[2] = 0.25
+        out = held(env, policy, start, 2)
+    assert out["next", "latent"].isfinite().all()
+
+
 def test_an_embedding_with_a_padding_row_keeps_it_without_gradient() -> None:
     torch.manual_seed(0)
     table = nn.Embedding(3, ACTION, padding_idx=1)

@@ -130,7 +130,7 @@ def _embedding(s: Step, c: Call) -> Laid:
 
 
 def _looked_up(s: Step, table: Laid, index: Laid, *, wrap: bool = False) -> Laid:
-    """``table[index]`` for a constant table: its rows weighted by a one-hot."""
+    """``table[index]`` for a constant table: one member's layer, or rows weighted by a one-hot."""
     n, rest = table.shape[0], table.dims[1:]
     if n > _LARGEST_TABLE:
         raise NotLowerable(f"a look-up in a table of {n} rows")
@@ -140,13 +140,21 @@ def _looked_up(s: Step, table: Laid, index: Laid, *, wrap: bool = False) -> Laid
         raise NotLowerable(f"a look-up in a table of {table.kind}s")
     assert isinstance(index.ref, Val)
     i = s.b.reshaped(index.ref, (index.width,) if index.order else ())
-    hot = s.b.program.emit("one_hot", i, n=n)
     if table.atoms("repeat"):
         table = s.expanded(table)
         rest = table.dims[1:]
     order = inner_atoms(table.dims)
-    matrix = s.b.uniform(table, order, (n, size))
-    out = s.b.program.emit("linear", hot, matrix, None, layout="kn")
+    if index.width == 1:  # other entries, NaN as they may be, are not touched
+        one = s.b.fill(1.0, (1,), "float")
+        members = s.b.uniform(table, order, (n, 1, size))
+        out = s.b.program.emit(
+            "member_linear", one, members, None, s.b.reshaped(i, ()), layout="kn"
+        )
+        out = s.b.reshaped(out, (*((1,) if index.order else ()), size))
+    else:
+        hot = s.b.program.emit("one_hot", i, n=n)
+        matrix = s.b.uniform(table, order, (n, size))
+        out = s.b.program.emit("linear", hot, matrix, None, layout="kn")
     return Laid(out, (*index.dims, *rest), (*index.order, *order[bool(table.dims[0]) :]))
 
 
