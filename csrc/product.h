@@ -296,7 +296,7 @@ FASTWM_INLINE void dot_block(int64_t k, const T* a, int64_t lda, const T* w, con
   Vec<T> acc[MR][NB];
 #pragma GCC unroll 4
   for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < NB; ++j) {
       acc[i][j] = spread<T>(0);
     }
@@ -307,7 +307,7 @@ FASTWM_INLINE void dot_block(int64_t k, const T* a, int64_t lda, const T* w, con
     for (int i = 0; i < MR; ++i) {
       x[i] = at(a + i * lda + p);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < NB; ++j) {
       const Vec<T> y = at(w + j * k + p);
 #pragma GCC unroll 4
@@ -328,7 +328,7 @@ FASTWM_INLINE void dot_block(int64_t k, const T* a, int64_t lda, const T* w, con
   for (int i = 0; i < MR; ++i) {
     T sums[NB < 4 ? 4 : NB];
     if constexpr (NB % 4 == 0) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int j = 0; j < NB; j += 4) {
         sums_of_four<T>(&acc[i][j], sums + j);
       }
@@ -352,6 +352,9 @@ void dot_rows(const Product<T>& p, int64_t row) {
   int64_t n = 0;
   for (; n + NB <= p.n; n += NB) {
     dot_block<T, MR, NB>(p.k, a, p.lda, w + n * p.k, p.bias ? p.bias + n : nullptr, c + n, p.ldc);
+  }
+  for (; n + 4 <= p.n; n += 4) {
+    dot_block<T, MR, 4>(p.k, a, p.lda, w + n * p.k, p.bias ? p.bias + n : nullptr, c + n, p.ldc);
   }
   for (; n < p.n; ++n) {
     dot_block<T, MR, 1>(p.k, a, p.lda, w + n * p.k, p.bias ? p.bias + n : nullptr, c + n, p.ldc);

@@ -347,7 +347,8 @@ class _Encoder:
             -1 if act in (None, "detach") else _UNARY.index(act),
             self.parameters([params[p] for p in UNARY[act][1]] if act else []),
         ]
-        self.scratch = max(self.scratch, _padded(k) + _padded(n))
+        if op == "member_linear" or groups > 1:
+            self.scratch = max(self.scratch, _padded(k) + _padded(n))
         place = (
             _NOWHERE if bias is None else self.vector(bias, count if op != "linear" else 1)  # type: ignore[arg-type]
         )
@@ -369,7 +370,8 @@ class _Encoder:
         nk = attrs["layout"] == "nk"
         if columns != (k if nk else n):
             raise ProgramError("a sum of outer products of another shape")
-        self.scratch = max(self.scratch, _padded(k) + _padded(n))
+        if op != "outer" or math.prod(types[1].shape[:-1]) > 1:
+            self.scratch = max(self.scratch, _padded(k) + _padded(n))
         if op == "member_outer":
             return _Line(op, 0, None, operands, [number, int(nk), attrs["members"], k, n])
         groups = math.prod(types[1].shape[:-1])
