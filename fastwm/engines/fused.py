@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,8 @@ _BLOCK = 64
 # eager keeps for autograd: with outputs and gradients it stays under a quarter.
 _TAPE_BYTES = 32 << 20
 _TAPE_SHARE = 1 / 6
+# The budget below that size: whatever spares more work than it costs to write and read. (None: everything.)
+_PLENTY: float | None = math.inf
 
 
 class NotFusible(Exception):
@@ -139,8 +141,8 @@ class FusedLoop:
     def _mode(self, *, save_all: bool) -> _Mode:
         """Forward and backward programs that save everything, or that save little and work it out again."""
         if save_all not in self._modes:
-            budget = None if save_all else self.wanted * _TAPE_SHARE
-            self._modes[save_all] = _Mode(self, budget)
+            budget = _PLENTY if save_all else self.wanted * _TAPE_SHARE
+            self._modes[save_all] = _Mode(self, budget, pooled=save_all)
         return self._modes[save_all]
 
     def requiring(self, steps: int) -> list[Any]:
@@ -238,11 +240,11 @@ class FusedLoop:
                 }
             else:
                 executor = self._plain or self._no_grad()
-                outputs = self._fresh(horizon) if self._as_written else None
-                results, failed = executor.run(tensors, self.rows, horizon, outputs=outputs)
+                fresh = self._fresh(horizon) if self._as_written else None
+                results, failed = executor.run(tensors, self.rows, horizon, outputs=fresh)
         if failed:
             raise ChecksFailed
-        if grad or finals or not self._as_written or self.lowered.passed:
+        if finals or not self._as_written or self.lowered.passed:
             values = self._named(results, inputs, horizon)
         else:
             values = dict(zip(self._paths, results, strict=True))
@@ -368,58 +370,134 @@ class FusedLoop:
 
 @dataclass
 class _Backward:
+    """A backward program for gradients of certain outputs.
+
+    Attributes:
+        plan: for each of the executor's inputs, where it comes from and which one it is: a forward ``input``
+            or ``output``, the ``tape``, the ``grad`` of an output, or ``zero`` of a shape; and its dtype.
+        inputs, outputs: those of the forward run that it reads, by position.
+        results: for each forward input, which of the executor's results is its gradient; -1: none.
+    """
+
     gradient: Gradient
     executor: Executor
-    inputs: list[Any]  # those of the forward run that it reads
-    outputs: list[Any]
-    dtypes: list[torch.dtype]  # of the executor's inputs
+    plan: list[tuple[str, Any, torch.dtype]]
+    inputs: list[int]
+    outputs: list[int]
+    results: list[int]
 
 
 class _Mode:
     """A way of going forward and back: what is saved, what is worked out again."""
 
-    def __init__(self, loop: FusedLoop, budget: float | None) -> None:
+    def __init__(self, loop: FusedLoop, budget: float | None, *, pooled: bool) -> None:
         self.loop = loop
         program = loop.program
         self.floats = loop.requiring(2)
-        self.first = set(loop.requiring(1))  # those that require gradients after one step, too
+        first = set(loop.requiring(1))  # those that require gradients after one step, too
         self.full = differentiate(program, loop.wrt, self.floats, budget=budget)
         self.forward = loop._executor(self.full.forward, finals=())
         self.tape_width = self.full.tape_width
-        self.backwards: dict[frozenset[Any], _Backward] = {}
+        self.backwards: dict[frozenset[int], _Backward] = {}
         self.inputs = list(self.forward.inputs)
         self.names = list(self.full.forward.outputs)
-        #: Inputs that the gradients of all outputs need.
-        self.kept = {n for kind, n in self.full.sources() if kind == "input"}
+        self.count = len(program.outputs)
+        saved = list(self.full.forward.outputs.values())[self.count :]
+        self.tape = [self.full.forward.type(v) for v in saved]
+        kept = {n for kind, n in self.full.sources() if kind == "input"}
+        #: Inputs that the gradients of all outputs need, by position, and the others.
+        self.kept = [i for i, n in enumerate(self.inputs) if n in kept]
+        self.others = [i for i, n in enumerate(self.inputs) if n not in kept]
+        names = self.names[: self.count]
+        self.fixed = [i for i, n in enumerate(names) if n not in set(self.floats)]
+        self.fixed_first = [i for i, n in enumerate(names) if n not in first]
+        self.major = {i for i, n in enumerate(self.inputs) if n in loop.time_major}
+        self.pool: list[torch.Tensor] | None = [] if pooled else None
 
-    def run(self, tensors: Sequence[torch.Tensor], steps: int) -> Any:
-        results = _Rollout.apply(self, steps, *tensors)
-        return list(results)[: len(self.loop.program.outputs)]
+    def run(self, tensors: Sequence[torch.Tensor], steps: int) -> list[torch.Tensor]:
+        return list(_Rollout.apply(self, steps, *tensors))
 
-    def backward(self, given: frozenset[Any]) -> _Backward:
+    def fresh(self, steps: int) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
+        """Memory for the outputs, for the tape, and what gives the tape's back when it goes."""
+        loop = self.loop
+        if loop._as_written:
+            outputs = loop._fresh(steps)
+        else:
+            outputs = self.forward.empty(loop.rows, steps)[: self.count]
+        dtype, rows = loop.program.dtype, loop.rows
+        sizes = [(rows, steps, *type.shape) for type in self.tape]
+        if self.pool is None or any(type.kind != "float" for type in self.tape):
+            tape = self.forward.empty(rows, steps)[self.count :]
+            return outputs, tape, None
+        total = sum(type.width for type in self.tape) * rows * steps
+        lease = _Lease(self.pool, total, dtype)
+        pieces = lease.memory[:total].split([type.width * rows * steps for type in self.tape])
+        return outputs, [t.view(size) for t, size in zip(pieces, sizes, strict=True)], lease
+
+    def backward(self, given: frozenset[int]) -> _Backward:
         """The backward program for gradients of these outputs alone."""
         if given not in self.backwards:
             gradient = self.full
-            if given != frozenset(self.floats):
+            names = {self.names[i] for i in given}
+            if names != set(self.floats):
                 # Of the forward program as it ran, so that what it saved is there; nothing more can be.
-                gradient = differentiate(self.full.forward, self.loop.wrt, given, budget=0)
-            major = {
-                n for n, s in gradient.saved.items()
-                if s.kind == "input" and s.name in self.loop.time_major
-            }  # fmt: skip
-            backward = gradient.backward
-            executor = Executor(backward, time_major=major)
-            kinds = [backward.type(backward.inputs[n].val).kind for n in executor.inputs]
-            other = {"bool": torch.bool, "int": torch.int64}
-            sources = gradient.sources()
-            self.backwards[given] = _Backward(
-                gradient,
-                executor,
-                [n for kind, n in sources if kind == "input"],
-                [n for kind, n in sources if kind == "output"],
-                [other.get(kind, backward.dtype) for kind in kinds],
-            )
+                gradient = differentiate(self.full.forward, self.loop.wrt, names, budget=0)
+            self.backwards[given] = self._backward(gradient)
         return self.backwards[given]
+
+    def _backward(self, gradient: Gradient) -> _Backward:
+        program, major = gradient.backward, set()
+        for name, source in gradient.saved.items():
+            if source.kind == "input" and source.name in self.loop.time_major:
+                major.add(name)
+        executor = Executor(program, time_major=major)
+        other = {"bool": torch.bool, "int": torch.int64}
+        position = {n: i for i, n in enumerate(self.inputs)}
+        produced = {n: i for i, n in enumerate(self.names)}
+        plan: list[tuple[str, Any, torch.dtype]] = []
+        for name in executor.inputs:
+            item = program.inputs[name]
+            type = program.type(item.val)
+            dtype = other.get(type.kind, program.dtype)
+            if name in gradient.saved:
+                source = gradient.saved[name]
+                if source.kind == "input":
+                    plan.append(("input", position[source.name], dtype))
+                elif (at := produced[source.name]) < self.count:
+                    plan.append(("output", at, dtype))
+                else:
+                    plan.append(("tape", at - self.count, dtype))
+            elif item.role in ("context", "uniform"):
+                plan.append(("input", position[name], dtype))
+            elif item.role == "step":
+                plan.append(("grad", produced[name[1]], dtype))
+            else:
+                plan.append(("zero", (self.loop.rows, *type.shape), dtype))
+        made = {m[0]: i for i, m in enumerate(executor._made)}
+        results = [made.get(("grad", n), made.get(("adjoint", n), -1)) for n in self.inputs]
+        return _Backward(
+            gradient, executor, plan,
+            [at for what, at, _ in plan if what == "input"],
+            [at for what, at, _ in plan if what == "output"],
+            results,
+        )  # fmt: skip
+
+
+class _Lease:
+    """Memory for a tape, given back when the graph that holds it goes: fresh memory costs page faults."""
+
+    def __init__(self, pool: list[torch.Tensor], size: int, dtype: torch.dtype) -> None:
+        self.pool = pool
+        self.memory = torch.empty(0, dtype=dtype)
+        while pool:
+            self.memory = pool.pop()
+            if self.memory.numel() >= size:
+                return
+        self.memory = torch.empty(size, dtype=dtype)
+
+    def __del__(self) -> None:
+        if len(self.pool) < 2:
+            self.pool.append(self.memory)
 
 
 class _Rollout(torch.autograd.Function):
@@ -427,108 +505,100 @@ class _Rollout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mode: _Mode, steps: int, *tensors: torch.Tensor) -> Any:
-        plain = [t.detach() for t in tensors]
-        outputs, failed = mode.forward.run(plain, mode.loop.rows, steps)
+        outputs, tape, lease = mode.fresh(steps)
+        _, failed = mode.forward.run(tensors, mode.loop.rows, steps, outputs=[*outputs, *tape])
         if failed:
             raise ChecksFailed
-        ctx.mode, ctx.steps = mode, steps
+        ctx.mode, ctx.steps, ctx.lease = mode, steps, lease
         ctx.set_materialize_grads(False)
-        floats = mode.first if steps == 1 else set(mode.floats)
-        fixed = [t for n, t in zip(mode.names, outputs, strict=True) if n not in floats]
-        ctx.mark_non_differentiable(*fixed)
+        fixed = mode.fixed_first if steps == 1 else mode.fixed
+        ctx.mark_non_differentiable(*(outputs[i] for i in fixed))
         # Eager's graph holds no more than this either: the caller may write into anything else.
+        ctx.leased = tape if lease is not None else []
         ctx.save_for_backward(
-            *(t for n, t in zip(mode.inputs, tensors, strict=True) if n in mode.kept),
-            *(t for n, t in zip(mode.names, outputs, strict=True) if _on_tape(n)),
+            *(tensors[i] for i in mode.kept), *(() if lease is not None else tape)
         )
-        ctx.others = {
-            n: (t, t._version)
-            for n, t in zip(mode.inputs, tensors, strict=True)
-            if n not in mode.kept
-        }
+        ctx.others = [(tensors[i], tensors[i]._version) for i in mode.others]
         # What the caller gets may be written into, too: aliases that tell when it was.
-        ctx.given_out = {
-            n: (t.detach(), t._version)
-            for n, t in zip(mode.names, outputs, strict=True)
-            if not _on_tape(n)
-        }
+        ctx.given_out = [(t.detach(), t._version) for t in outputs]
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         mode: _Mode = ctx.mode
-        inputs, outputs = _found_again(ctx)
-        given = {n: g.contiguous() for n, g in zip(mode.names, grads, strict=True) if g is not None}
-        wanted = dict(zip(mode.inputs, ctx.needs_input_grad[2:], strict=True))
-        found: dict[Any, torch.Tensor | None] = {}
+        saved = ctx.saved_tensors
+        inputs: list[Any] = [None] * len(mode.inputs)
+        for i, tensor in zip(mode.kept, saved, strict=False):
+            inputs[i] = tensor
+        for i, (tensor, _) in zip(mode.others, ctx.others, strict=True):
+            inputs[i] = tensor
+        tape = ctx.leased or saved[len(mode.kept) :]
+        given = frozenset(i for i, g in enumerate(grads) if g is not None)
+        wanted = ctx.needs_input_grad[2:]
+        found: list[torch.Tensor | None] = [None] * len(inputs)
         if given and torch.is_grad_enabled():
-            _refuse_changed(ctx, mode.inputs)
-            found = _differentiable(mode, ctx.steps, inputs, given, wanted)
+            _refuse_changed(ctx, range(len(inputs)))
+            found = _differentiable(mode, ctx.steps, inputs, grads, wanted)
         elif given:
-            how = mode.backward(frozenset(given))
+            how = mode.backward(given)
             if how.gradient.reached:
-                again = any(n not in outputs for n in how.outputs)
-                _refuse_changed(ctx, mode.inputs if again else how.inputs)
-                if again:
-                    outputs = _rerun(mode, ctx.steps, inputs)
-                ready = how.gradient.gather(inputs, outputs, given, rows=mode.loop.rows)
-                # An output may be of another kind than the value it is made of: a one-hot, as integers.
-                order = [
-                    ready[n].detach().to(dtype).contiguous()
-                    for n, dtype in zip(how.executor.inputs, how.dtypes, strict=True)
+                outputs: list[Any] = [
+                    t if t._version == version else None for t, version in ctx.given_out
                 ]
+                again = any(outputs[i] is None for i in how.outputs)
+                _refuse_changed(ctx, range(len(inputs)) if again else how.inputs)
+                if again:  # the caller wrote into what we gave out
+                    outputs, tape, _ = mode.fresh(ctx.steps)
+                    mode.forward.run(inputs, mode.loop.rows, ctx.steps, outputs=[*outputs, *tape])
+                lists: dict[str, Any] = {
+                    "input": inputs,
+                    "output": outputs,
+                    "tape": tape,
+                    "grad": grads,
+                }
+                order = []
+                for what, at, dtype in how.plan:
+                    if what == "zero":
+                        order.append(torch.zeros(at, dtype=dtype))
+                        continue
+                    tensor = lists[what][at]
+                    # An output may be of another kind than the value it is made of: a one-hot, as integers.
+                    tensor = tensor if tensor.dtype is dtype else tensor.to(dtype)
+                    order.append(tensor if tensor.is_contiguous() else tensor.contiguous())
                 results, _ = how.executor.run(order, mode.loop.rows, ctx.steps, reverse=True)
-                names = [made[0] for made in how.executor._made]
-                made = dict(zip(names, results, strict=True))
-                found = {n: made.get(("grad", n), made.get(("adjoint", n))) for n in mode.inputs}
+                found = [None if at < 0 else results[at] for at in how.results]
         back: list[torch.Tensor | None] = []
-        for name in mode.inputs:
-            gradient = found.get(name) if wanted[name] else None
-            if gradient is not None:
-                if name in mode.loop.time_major:
-                    gradient = gradient.transpose(0, 1)
-                gradient = gradient.reshape(inputs[name].shape)
-            back.append(gradient)
+        for i, gradient in enumerate(found):
+            if not wanted[i] or gradient is None:
+                back.append(None)
+                continue
+            if i in mode.major and not torch.is_grad_enabled():
+                gradient = gradient.transpose(0, 1)
+            shape = inputs[i].shape
+            back.append(gradient if gradient.shape == shape else gradient.reshape(shape))
         return None, None, *back
 
 
-def _on_tape(name: Any) -> bool:
-    return bool(name[:1] == ("tape",))
-
-
-def _found_again(ctx: Any) -> tuple[dict[Any, torch.Tensor], dict[Any, torch.Tensor]]:
-    """The inputs, and those outputs that are still what the forward pass wrote."""
-    mode: _Mode = ctx.mode
-    saved = iter(ctx.saved_tensors)
-    inputs = {n: next(saved) if n in mode.kept else ctx.others[n][0] for n in mode.inputs}
-    outputs = {n: next(saved) for n in mode.names if _on_tape(n)}
-    outputs |= {n: t for n, (t, version) in ctx.given_out.items() if t._version == version}
-    return inputs, outputs
-
-
-def _refuse_changed(ctx: Any, needed: Collection[Any]) -> None:
-    for name in needed:
-        tensor, version = ctx.others.get(name, (None, 0))
-        if tensor is not None and tensor._version != version:
+def _refuse_changed(ctx: Any, needed: Iterable[int]) -> None:
+    changed = {
+        i for i, (t, version) in zip(ctx.mode.others, ctx.others, strict=True)
+        if t._version != version
+    }  # fmt: skip
+    for i in needed:
+        if i in changed:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace "
-                f"operation: input {name} of this rollout, after it ran on the fused engine"
+                f"operation: input {ctx.mode.inputs[i]} of this rollout, after it ran on the fused engine"
             )
 
 
-def _rerun(mode: _Mode, steps: int, inputs: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
-    """The outputs once more, for a caller who wrote into those that we gave out."""
-    plain = [inputs[n].detach() for n in mode.inputs]
-    outputs, _ = mode.forward.run(plain, mode.loop.rows, steps)
-    return dict(zip(mode.names, outputs, strict=True))
-
-
 def _differentiable(
-    mode: _Mode, steps: int, inputs: dict[Any, torch.Tensor], given: dict[Any, torch.Tensor],
-    wanted: dict[Any, bool],
-) -> dict[Any, torch.Tensor | None]:  # fmt: skip
+    mode: _Mode, steps: int, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None],
+    wanted: Sequence[bool],
+) -> list[torch.Tensor | None]:  # fmt: skip
     """Gradients that have gradients themselves, by torch's autograd over the reference interpreter."""
     program, rows = mode.loop.program, mode.loop.rows
+    inputs = dict(zip(mode.inputs, tensors, strict=True))
     laid: dict[Any, torch.Tensor] = {}
     for name, item in program.inputs.items():
         value = inputs[name]
@@ -538,13 +608,19 @@ def _differentiable(
         else:
             laid[name] = value if item.role == "uniform" else value.reshape(rows, *shape)
     outputs = interpret(program, laid, steps).outputs
-    names = [n for n in given if n in outputs and outputs[n].requires_grad]
-    ends = [n for n, wants in wanted.items() if wants]
+    ends = [i for i, wants in enumerate(wanted) if wants]
+    named = zip(mode.names, grads, strict=False)
+    given = {n: g for n, g in named if g is not None and outputs[n].requires_grad}
     found = torch.autograd.grad(
-        [outputs[n] for n in names], [laid[n] for n in ends], [given[n] for n in names],
+        [outputs[n] for n in given], [laid[mode.inputs[i]] for i in ends],
+        [g.reshape(outputs[n].shape) for n, g in given.items()],
         create_graph=True, allow_unused=True,
     )  # fmt: skip
-    return dict(zip(ends, found, strict=True))
+    back: list[torch.Tensor | None] = [None] * len(wanted)
+    for i, gradient in zip(ends, found, strict=True):
+        turned = i in mode.major and gradient is not None
+        back[i] = gradient.transpose(0, 1) if turned else gradient
+    return back
 
 
 def _copied(program: Any, finals: Collection[Any]) -> Any:

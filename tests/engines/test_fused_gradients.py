@@ -111,8 +111,9 @@ OUTPUTS: dict[str, Callable[[TensorDictBase], Tensor]] = {
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_gradients_through_some_outputs(name: str, saving: str, monkeypatch: Any) -> None:
     """Whether everything is saved for them, or next to nothing and the rest is worked out again."""
+    monkeypatch.setattr(fused, "_PLENTY", None)
     if saving == "little":
-        monkeypatch.setattr(fused, "_TAPE_BYTES", 0)
+        monkeypatch.setattr(fused, "_TAPE_BYTES", -1)
         monkeypatch.setattr(fused, "_TAPE_SHARE", 0.0)
     torch.manual_seed(0)
     policy = DISTRIBUTIONS["IndependentNormal"]()
@@ -130,7 +131,7 @@ def test_gradients_through_some_outputs(name: str, saving: str, monkeypatch: Any
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_model_with_little_saved(name: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(fused, "_TAPE_BYTES", 0)
+    monkeypatch.setattr(fused, "_TAPE_BYTES", -1)
     case = make_case(name)
     start = case.start(B, requires_grad=True)
     assert_parity(
@@ -232,7 +233,7 @@ def test_an_optimizer_step_on_what_no_gradient_needs_is_allowed_as_in_eager() ->
 def test_results_may_be_written_into_before_backward(saving: str, monkeypatch: Any) -> None:
     """Also those that the backward pass would read: it works them out once more."""
     if saving == "little":
-        monkeypatch.setattr(fused, "_TAPE_BYTES", 0)
+        monkeypatch.setattr(fused, "_TAPE_BYTES", -1)
     case, found = make_case("mlp_sampled"), []
     start = begin_of(case)
     start["latent"].requires_grad_()
@@ -271,7 +272,7 @@ def test_results_written_into_and_weights_as_well_is_an_error() -> None:
 def test_threads_change_no_bit(name: str, batch: int, saving: str, monkeypatch: Any) -> None:
     """Sums over rows are added up in an order that does not depend on who adds."""
     if saving == "little":
-        monkeypatch.setattr(fused, "_TAPE_BYTES", 0)
+        monkeypatch.setattr(fused, "_TAPE_BYTES", -1)
     case = make_case(name)
     env, found = case.env([batch]), []
     start = case.start(batch, requires_grad=True)
