@@ -1,4 +1,4 @@
-"""Random row programs and modules: C++ against the interpreter, gradients against autograd, fused against eager.
+"""Random row programs and modules: C++ against `interpret`, gradients against autograd, fused against eager.
 
     python -m tests.row_program.fuzz --seconds 60 --seed 5
 
@@ -22,7 +22,7 @@ from fastwm.row_program import Program
 from fastwm.row_program.gradient import differentiate
 from fastwm.row_program.program import Val
 from fastwm.row_program.reference import interpret
-from tests.row_program.executing import ISAS, assert_near, assert_ran, execute
+from tests.row_program.executing import ISAS, assert_near, assert_ran, execute, threads
 from tests.row_program.random_programs import random_program
 
 __all__ = ["Failure", "fuzz"]
@@ -159,7 +159,8 @@ def fuzz_program(seed: int) -> Failure | None:
 
         def fails(p: Program, check: Any = check) -> str:
             try:
-                check(p, inputs, rows, steps, random.Random(seed))
+                with threads(1 + seed % 2):
+                    check(p, inputs, rows, steps, random.Random(seed))
             except Exception as error:
                 return f"{type(error).__name__}: {error}"
             return ""
