@@ -80,6 +80,8 @@ def explain(env: WorldModelEnv, request: Request) -> Explanation:
         assert plan.fused is not None
         note = "bfloat16 weights" if plan.fused.bf16 else ""
         return Explanation("fused", passed, asked, program, str(plan.fused), note)
+    else:
+        passed["fused"] = plan.fused.slower
     device = env.device or torch.device("cpu")
     how = " (one CUDA graph per horizon)" if device.type == "cuda" else ""
     if plan.uncompiled:

@@ -118,7 +118,7 @@ class Plan:
 
     def prefers_fused(self) -> bool:
         """Whether ``"auto"`` takes the fused engine."""
-        return self.fused is not None
+        return self.fused is not None and not self.fused.slower
 
     def flags_vary(self) -> bool:
         """Whether a done flag can differ from step to step: whether there is a done head."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastwm.engines.captured import ChecksFailed, FeedStep, Tensors
+from fastwm.engines.choice import prefers_captured
 from fastwm.nvtx import annotate
 from fastwm.ops.library import cpu_library
 from fastwm.row_program.executor import Executor
@@ -112,6 +113,13 @@ class FusedLoop:
             except ProgramError as reason:
                 raise NotFusible(str(reason)) from reason
         self._blocks: Executor | None = None
+        elements = sum(
+            program.types[item.val.index].width
+            for name, item in program.inputs.items()
+            if item.role == "uniform" and len(program.types[item.val.index].shape) > 1
+        )
+        #: Why "auto" leaves this to the captured engine, if it does.
+        self.slower = prefers_captured(elements, self.rows, gradients=bool(self.wrt))
         # What every call needs, worked out once.
         self._rows_in = [n for n, i in program.inputs.items() if i.role != "uniform"]
         self._paths = [n[1] for n in lowered.casts]
