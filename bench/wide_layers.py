@@ -2,8 +2,8 @@
 
     python bench/wide_layers.py            appends rows to bench/results/wide_layers.jsonl
 
-Policy, dynamics and reward MLPs of two hidden layers, 5 steps, one thread, processor time, the two engines in turns;
-the smallest of several rounds, since wide layers take long and the machine is shared.
+Policy, dynamics and reward MLPs of two hidden layers, 5 steps, one thread, processor time, the two engines
+in turns; the smallest of several rounds, since wide layers take long and the machine is shared.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def measure(weight_bytes: int, device: str = "cpu", budget_s: float = 1.2) -> Li
 
 
 def _fma_gflops(device: str, budget_s: float = 0.2) -> float | None:
-    """GFLOP/s of multiply-adds in registers: one thread's best, times the threads; None without the library."""
+    """GFLOP/s of multiply-adds in registers: a thread's best, times the threads; None without the library."""
     op = getattr(torch.ops.fastwm, "multiply_add_peak", None)
     if op is None or device != "cpu":
         return None

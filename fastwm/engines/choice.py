@@ -1,6 +1,6 @@
 """Which of two engines that can run a rollout is the quicker one: the rule behind ``backend="auto"``.
 
-It rests on recorded rows, ``bench/results/wide_layers.jsonl`` (``python bench/wide_layers.py`` measures anew):
+It rests on recorded rows, ``bench/results/wide_layers.jsonl`` (measured anew by ``bench/wide_layers.py``):
 
 - without gradients the fused engine is ahead at every width up to 2048 and every batch;
 - with gradients it is ahead too, but for matrices of many millions of elements with few rows. There each step
@@ -30,12 +30,12 @@ def prefers_captured(elements: int, rows: int, *, gradients: bool) -> str:
         >>> prefers_captured(265_000, 1, gradients=True)
         ''
         >>> prefers_captured(13_000_000, 1, gradients=True)
-        'slower than captured for gradients of 13 million weights with 1 row (bench/results/wide_layers.jsonl)'
+        'slower than captured for gradients of 13 million weights with 1 row (see fastwm/engines/choice.py)'
     """
     if gradients and elements >= MANY_ELEMENTS and rows < FEW_ROWS:
         plural = "" if rows == 1 else "s"
         return (
             f"slower than captured for gradients of {elements // 1_000_000} million weights with {rows} "
-            f"row{plural} (bench/results/wide_layers.jsonl)"
+            f"row{plural} (see fastwm/engines/choice.py)"
         )
     return ""

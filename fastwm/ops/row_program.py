@@ -1,7 +1,7 @@
 """``fastwm::row_program``: a row program for a whole horizon, in one call of the C++ library.
 
-Called through :class:`fastwm.row_program.executor.Executor`, which knows the encoding. It writes only into the
-tensors it is given, so its fake does nothing.
+Called through :class:`fastwm.row_program.executor.Executor`, which knows the encoding. It writes only into
+the tensors it is given, so its fake does nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """From a row program to the tables of integers that the C++ executor reads (csrc/row_code.h).
 
-Every value gets a place: memory that all steps of a chunk share, memory of one section that is used again once
-nobody reads the value any more, or, for carries, memory that persists. Widths are rounded up to whole vectors.
+Every value gets a place: memory that all steps of a chunk share, memory of one section that is used again
+once nobody reads the value any more, or, for carries, memory that persists. Widths are rounded up to whole
+vectors.
 """
 
 from __future__ import annotations
@@ -270,7 +271,8 @@ class _Encoder:
             return _Line(code, sub, out, [self.operand(a) for a in args], attributes)
 
         if op in ("reshape", "detach") or (op == "cast" and self._same(instr)):
-            assert out is not None and isinstance(args[0], Val)
+            assert out is not None
+            assert isinstance(args[0], Val)
             self.alias[out] = self.root(args[0])
             return None
         if op == "cast":
@@ -382,7 +384,8 @@ class _Encoder:
         indices = tuple(instr.attrs["map"])
         first = indices[0] if indices else 0
         if indices == tuple(range(first, first + len(indices))):
-            assert isinstance(instr.args[0], Val) and out is not None
+            assert isinstance(instr.args[0], Val)
+            assert out is not None
             if first == 0 and len(indices) == self.program.type(instr.args[0]).width:
                 self.alias[out] = self.root(instr.args[0])
                 return None
@@ -465,7 +468,8 @@ class _Encoder:
         loads: list[_Line] = []
         for number, given in enumerate(rows_in):
             index = given.val.index
-            wanted = index in used or index in map(self.root, (*program.outputs.values(), *program.checks))  # fmt: skip
+            ends = map(self.root, (*program.outputs.values(), *program.checks))
+            wanted = index in used or index in ends
             if given.role != "carry" and wanted:
                 if not self.stepwise:
                     kept.add(index)
@@ -610,8 +614,8 @@ class _Encoder:
         batch = max(sizes[0], sizes[2])
         item = 8 if program.dtype is torch.float64 else 4
         header = [
-            _VERSION, len(rows_in), len(outputs), len(finals), len(self.vectors), len(self.matrices), len(sums),
-            len(program.checks), chunk, sizes[1], batch, persist, self.scratch, self.uniform_elements, offset,
+            _VERSION, len(rows_in), len(outputs), len(finals), len(self.vectors), len(self.matrices),
+            len(sums), len(program.checks), chunk, sizes[1], batch, persist, self.scratch, self.uniform_elements, offset,
             self.packed, *map(len, bodies), item * (chunk + sizes[1] + batch + persist + self.scratch),
         ]  # fmt: skip
         return Encoded(

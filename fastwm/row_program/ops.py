@@ -9,9 +9,9 @@ Where a table says ``[*G, n]``, the op works along the last dim, for each of the
 | op | operands | attributes | result |
 |---|---|---|---|
 | unary, see ``UNARY`` | x | parameters by name | shape of x |
-| unary_grad, see ``UNARY_GRAD`` | g, x (``tanh_grad``, ``sigmoid_grad``: g, y) | as the unary's | shape of x |
+| unary_grad, see ``UNARY_GRAD`` | g, x (of ``tanh``, ``sigmoid``: g, y) | as the unary's | shape of x |
 | binary, see ``BINARY`` | a, b | | shape of the larger |
-| clamp_min, clamp_max (binary) | a, bound | | as maximum, minimum; at ``a == bound`` the gradient is all a's |
+| clamp_min, clamp_max (binary) | a, bound | | as maximum, minimum; at a tie the gradient is all a's |
 | where | c, a, b | | shape of the largest |
 | fill | | value, shape, kind | the same number everywhere, in every row |
 | row | u uniform | | the uniform as a row value |
@@ -31,7 +31,7 @@ Where a table says ``[*G, n]``, the op works along the last dim, for each of the
 | put | g ``[*G, n]``, i int ``[*G]`` | m | ``[*G, m, n]``: ``g`` at entry ``i``, else 0 |
 | linear | x ``[*G, K]``, w uniform, b or None | layout, act, act_params | ``[*G, N]`` |
 | grouped_linear | x ``[G, K]`` or ``[K]``, w ``[G, ...]``, b or None ``[G, N]`` | the same | ``[G, N]`` |
-| member_linear | x ``[K]``, w ``[M, ...]``, b or None ``[M, N]``, i int ``[]`` | the same | ``[N]``, by member i |
+| member_linear | x ``[K]``, w ``[M, ...]``, b or None ``[M, N]``, i int ``[]`` | the same | ``[N]`` |
 | outer | x ``[*G, K]``, g ``[*G, N]`` | layout, target | sum of target: as w |
 | grouped_outer | x ``[G, K]`` or ``[K]``, g ``[G, N]`` | layout, target | the same |
 | member_outer | x ``[K]``, g ``[N]``, i | layout, target, members | the same |
