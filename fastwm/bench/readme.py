@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastwm.bench.plots import conditions_of, latest
@@ -17,9 +17,14 @@ from fastwm.bench.rows import TimeRow, read
 
 __all__ = ["block", "main", "rewritten"]
 
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 BATCHES = (1, 16, 256, 4096)
 HORIZON = 15
+FAMILIES = {
+    "mbpo": "MBPO ensemble (7 x 4 x 200)",
+    "tdmpc2": "TD-MPC2 (latent 512)",
+    "rssm": "Gaussian RSSM (200 + 30)",
+    "rssm_v3": "categorical RSSM (512, 32 x 32)",
+}
 
 
 def block(rows: Sequence[TimeRow]) -> str:
@@ -59,16 +64,58 @@ def block(rows: Sequence[TimeRow]) -> str:
     return "\n".join(lines)
 
 
-def rewritten(text: str, new: str) -> str:
-    """The README with ``new`` between the markers.
+def families(rows: Sequence[TimeRow]) -> str:
+    """Other model families: milliseconds of our quickest engine and of the best peer, in Markdown."""
+    chosen = [
+        row
+        for row in latest(rows)
+        if isinstance(row, TimeRow)
+        and (row.device, row.threads, row.horizon) == ("cpu", 1, HORIZON)
+        and row.suite in FAMILIES
+    ]
+    cases: dict[tuple[str, str], dict[int, list[TimeRow]]] = defaultdict(lambda: defaultdict(list))
+    for row in chosen:
+        cases[row.suite, row.direction][row.batch].append(row)
+    batches = sorted({row.batch for row in chosen})
+    lines = [
+        "| ms per rollout: fused (ratio to the best peer) | "
+        + " | ".join(f"B={b}" for b in batches)
+        + " |",
+        "|---|" + "---|" * len(batches),
+    ]
+    for suite, title in FAMILIES.items():
+        for direction, what in (("forward", "no gradients"), ("backward", "forward + gradients")):
+            found = cases.get((suite, direction), {})
+            cells = [_against_best(found.get(b, [])) for b in batches]
+            if any(cells):
+                lines.append(f"| {title}, {what} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"<sub>{' '.join(conditions_of(chosen).split())}</sub>", ""])
+
+
+def _against_best(rows: Sequence[TimeRow]) -> str:
+    ours = next((r for r in rows if r.provider == "fastwm-fused"), None)
+    if ours is None:
+        return ""
+    ratio = f" ({ours.vs_best_peer:.2f}x)" if ours.vs_best_peer else ""
+    return f"{ours.median_ms:.3g}{ratio}"
+
+
+def rewritten(text: str, new: str, name: str = "bench") -> str:
+    """The README with ``new`` between the markers of that name.
 
     Raises:
         ValueError: the markers are not there.
     """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"no {BEGIN} ... {END} in the README")
-    head, rest = text.split(BEGIN, 1)
-    return head + BEGIN + "\n" + new + END + rest.split(END, 1)[1]
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"no {begin} ... {end} in the README")
+    head, rest = text.split(begin, 1)
+    return head + begin + "\n" + new + end + rest.split(end, 1)[1]
+
+
+def _times(results: Path, suites: Iterable[str]) -> list[TimeRow]:
+    paths = [results / f"{suite}.jsonl" for suite in suites]
+    return [row for p in paths if p.exists() for row in read(p) if isinstance(row, TimeRow)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,14 +123,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastwm.bench.readme")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
-    parser.add_argument("--rows", type=Path, default=Path("bench/results/mlp.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path("bench/results"))
     options = parser.parse_args(argv)
     old = options.readme.read_text()
-    rows = [row for row in read(options.rows) if isinstance(row, TimeRow)]
-    new = rewritten(old, block(rows))
+    new = rewritten(old, block(_times(options.results, ["mlp"])))
+    new = rewritten(new, families(_times(options.results, FAMILIES)), "families")
     if options.check:
         if new != old:
-            print(f"{options.readme} does not say what {options.rows} says", file=sys.stderr)
+            print(f"{options.readme} does not say what {options.results} says", file=sys.stderr)
         return int(new != old)
     options.readme.write_text(new)
     return 0
