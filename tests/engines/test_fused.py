@@ -103,7 +103,7 @@ def test_leading_dims(own: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
-@pytest.mark.parametrize("name", ["linear", "mlp_sampled", "rssm_sampled"])
+@pytest.mark.parametrize("name", ["linear", "rssm_sampled"])
 def test_horizons_share_one_trace(name: str, grad: bool) -> None:
     case = make_case(name)
     env, start = case.env([B]), case.start(B, requires_grad=grad)
@@ -427,7 +427,7 @@ def test_early_stop(at: int, kind: str, stop: bool, grad: bool) -> None:
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
 @pytest.mark.parametrize("policy", ["sampled", "random", "deterministic"])
-@pytest.mark.parametrize("at", [1, 2, 63, 64, 65, 128, 140, 200])
+@pytest.mark.parametrize("at", [1, 63, 64, 65, 128, 200])
 def test_stops_at_and_over_the_blocks_of_steps(at: int, policy: str, grad: bool) -> None:
     """Flags are looked at once per block of 64 steps; values and generator are eager's."""
     assert fused._BLOCK == 64

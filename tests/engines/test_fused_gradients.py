@@ -167,12 +167,12 @@ def test_backward_accumulates_into_parameters_and_runs_their_hooks() -> None:
 
 
 def test_backward_twice_over_one_graph() -> None:
-    case = make_case("mlp_sampled")
+    case = make_case("rssm_sampled")
     wrt, found = parameters(case), []
     for engine in ENGINES:
         out, _ = run(engine, case.env([B]), T, case.policy, begin_of(case))
         one = torch.autograd.grad(out["next", "reward"].sum(), wrt, retain_graph=True)
-        two = torch.autograd.grad(out["next", "latent"].sum(), wrt[:6], retain_graph=True)
+        two = torch.autograd.grad(out["next", "belief"].sum(), wrt[:6], retain_graph=True)
         again = torch.autograd.grad(out["next", "reward"].sum(), wrt)
         found.append([*one, *two, *again])
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
@@ -183,7 +183,7 @@ def test_backward_twice_over_one_graph() -> None:
 
 
 @pytest.mark.parametrize("batch", [(B,), (2, B)])
-@pytest.mark.parametrize("name", ["mlp_sampled", "rssm", "multi_agent"])
+@pytest.mark.parametrize("name", ["rssm_sampled", "multi_agent"])
 def test_second_derivatives(name: str, batch: tuple[int, ...]) -> None:
     """By torch's autograd over the same program: slower, and right."""
     case, found = make_case(name), []
