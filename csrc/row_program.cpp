@@ -18,6 +18,37 @@ struct TorchThreads {
   }
 };
 
+// Every tensor as large as the tables say: all that stands between a mistake of the caller and its memory.
+void check_sizes(const Program& program, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs,
+                 int64_t rows, int64_t steps) {
+  const Header& h = *program.header;
+  auto check = [](const std::vector<Tensor>& tensors, const char* what, int64_t at, int64_t numel) {
+    STD_TORCH_CHECK(at >= 0 && at < int64_t(tensors.size()) && tensors[at].numel() == numel, "row program: ", what, " ",
+                    at, " must have ", numel, " elements");
+  };
+  STD_TORCH_CHECK(rows >= 0 && steps >= 0, "row program: rows and steps must not be negative");
+  for (int64_t i = 0; i < h.inputs; ++i) {
+    const InputEntry& e = program.inputs[i];
+    check(inputs, "input", e.tensor, e.width * rows * (e.role == Role::kStep ? steps : 1));
+  }
+  for (int64_t i = 0; i < h.vectors; ++i) {
+    check(inputs, "input", program.vectors[i].tensor, program.vectors[i].rows * program.vectors[i].columns);
+  }
+  for (int64_t i = 0; i < h.matrices; ++i) {
+    const MatrixEntry& e = program.matrices[i];
+    check(inputs, "input", e.tensor, e.count * e.k * e.n);
+  }
+  for (int64_t i = 0; i < h.outputs; ++i) {
+    check(outputs, "output", program.outputs[i].tensor, program.outputs[i].width * rows * steps);
+  }
+  for (int64_t i = 0; i < h.finals; ++i) {
+    check(outputs, "output", program.finals[i].tensor, program.finals[i].place.width * rows);
+  }
+  for (int64_t i = 0; i < h.sums; ++i) {
+    check(outputs, "output", program.sums[i].tensor, program.sums[i].rows * program.sums[i].columns);
+  }
+}
+
 } // namespace
 
 int64_t run_row_program(
@@ -26,6 +57,7 @@ int64_t run_row_program(
     bool bf16, int64_t isa) {
   const Program program(static_cast<const int64_t*>(code.const_data_ptr()));
   STD_TORCH_CHECK(program.header->version == kVersion, "row program of version ", program.header->version);
+  check_sizes(program, inputs, outputs, rows, steps);
   std::vector<const void*> from;
   std::vector<void*> to;
   for (const Tensor& t : inputs) {
