@@ -124,6 +124,7 @@ FASTWM_INLINE void block(int64_t k, const T* a, int64_t lda, const typename B::E
 }
 
 // One or two rows: a chain of additions per column is shorter than the latency of one allows, so K is cut in four.
+// Only where the batch has no more: a row's bits must not depend on how many rows its tile happens to have.
 template <typename T, typename B, int MR, int NV>
 FASTWM_INLINE void thin_block(int64_t k, const T* a, int64_t lda, const typename B::Element* b, const T* bias, T* c,
                               int64_t ldc) {
@@ -180,18 +181,18 @@ FASTWM_INLINE void thin_block(int64_t k, const T* a, int64_t lda, const typename
 }
 
 template <typename T, typename B, int NV, int MR>
-__attribute__((noinline)) void rest_of_rows(int64_t rows, int64_t k, const T* a, int64_t lda,
+__attribute__((noinline)) void rest_of_rows(bool thin, int64_t rows, int64_t k, const T* a, int64_t lda,
                                             const typename B::Element* b, const T* bias, T* c, int64_t ldc) {
   if constexpr (MR > 0) {
     if (rows == MR) {
       if constexpr (MR <= 2) {
-        thin_block<T, B, MR, NV>(k, a, lda, b, bias, c, ldc);
-      } else {
-        block<T, B, MR, NV>(k, a, lda, b, bias, c, ldc);
+        if (thin) {
+          return thin_block<T, B, MR, NV>(k, a, lda, b, bias, c, ldc);
+        }
       }
-      return;
+      return block<T, B, MR, NV>(k, a, lda, b, bias, c, ldc);
     }
-    rest_of_rows<T, B, NV, MR - 1>(rows, k, a, lda, b, bias, c, ldc);
+    rest_of_rows<T, B, NV, MR - 1>(thin, rows, k, a, lda, b, bias, c, ldc);
   }
 }
 
@@ -222,7 +223,7 @@ void product_panel(const Product<T>& p, const typename B::Element* b, int64_t co
     if (rows == MR) {
       block<T, B, MR, NV>(p.k, p.a + row * p.lda, p.lda, b, bias, c + row * p.ldc, p.ldc);
     } else {
-      rest_of_rows<T, B, NV, MR - 1>(rows, p.k, p.a + row * p.lda, p.lda, b, bias, c + row * p.ldc, p.ldc);
+      rest_of_rows<T, B, NV, MR - 1>(p.thin, rows, p.k, p.a + row * p.lda, p.lda, b, bias, c + row * p.ldc, p.ldc);
     }
     activate<T>(p, c + row * p.ldc, rows, width);
     row += rows;

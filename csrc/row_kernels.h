@@ -10,7 +10,8 @@ namespace fastwm {
 
 constexpr int64_t kPad = 16;
 
-constexpr int64_t padded(int64_t width) {
+// static: of an inline function the linker would keep one copy, perhaps that of a wide instruction set.
+static constexpr int64_t padded(int64_t width) {
   return (width + kPad - 1) / kPad * kPad;
 }
 
@@ -64,6 +65,7 @@ struct Product {
   int64_t ldc;
   Unary act; // applied to the result
   const T* act_params;
+  bool thin; // the whole batch is one or two rows
 };
 
 template <typename T>
@@ -88,16 +90,14 @@ struct Kernels {
                 int64_t ld);
   void (*add_rows)(int64_t rows, int64_t width, const T* x, int64_t ldx, T* sum); // sum[j] += sum of x[r][j]
   int64_t (*packed_size)(int64_t k, int64_t n); // in elements
-  int64_t (*panels)(int64_t n);
   void (*pack)(const Matrix<T>& from, T* to);
   void (*pack_bf16)(const Matrix<T>& from, uint16_t* to);
   // A number that differs when any of n elements differs (by chance equal: about 2**-60).
   uint64_t (*fingerprint)(const T* data, int64_t n);
   double (*multiply_add_peak)(int64_t repeats); // runs that many blocks of multiply-adds; returns how many flops
-  const char* name;
 };
 
-// nullptr where this build lacks the set.
+// Those of wider sets exist where the platform has them (FASTWM_X86).
 const Kernels<float>* kernels_f32_avx512();
 const Kernels<double>* kernels_f64_avx512();
 const Kernels<float>* kernels_f32_avx2();

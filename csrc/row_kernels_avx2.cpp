@@ -4,11 +4,11 @@
 namespace fastwm {
 
 const Kernels<float>* kernels_f32_avx2() {
-  return table<float>("avx2");
+  return table<float>();
 }
 
 const Kernels<double>* kernels_f64_avx2() {
-  return table<double>("avx2");
+  return table<double>();
 }
 
 } // namespace fastwm

@@ -4,11 +4,11 @@
 namespace fastwm {
 
 const Kernels<float>* kernels_f32_avx512() {
-  return table<float>("avx512");
+  return table<float>();
 }
 
 const Kernels<double>* kernels_f64_avx512() {
-  return table<double>("avx512");
+  return table<double>();
 }
 
 } // namespace fastwm

@@ -627,11 +627,11 @@ uint64_t fingerprint(const T* data, int64_t n) {
 }
 
 template <typename T>
-const Kernels<T>* table(const char* name) {
+const Kernels<T>* table() {
   static const Kernels<T> kernels = {
       &unary<T>, &unary_grad<T>, &binary<T>, &where<T>, &reduce<T>, &softmax<T>, &softmax_grad<T>, &layer_norm<T>,
-      &layer_norm_grad<T>, &product<T>, &outer<T>, &add_rows<T>, &packed_size<T>, &panels<T>, &pack<T>, &pack_bf16<T>,
-      &fingerprint<T>, &multiply_add_peak<T>, name,
+      &layer_norm_grad<T>, &product<T>, &outer<T>, &add_rows<T>, &packed_size<T>, &pack<T>, &pack_bf16<T>,
+      &fingerprint<T>, &multiply_add_peak<T>,
   };
   return &kernels;
 }

@@ -4,11 +4,11 @@
 namespace fastwm {
 
 const Kernels<float>* kernels_f32_portable() {
-  return table<float>("portable");
+  return table<float>();
 }
 
 const Kernels<double>* kernels_f64_portable() {
-  return table<double>("portable");
+  return table<double>();
 }
 
 } // namespace fastwm

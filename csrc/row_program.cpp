@@ -18,34 +18,39 @@ struct TorchThreads {
   }
 };
 
-// Every tensor as large as the tables say: all that stands between a mistake of the caller and its memory.
-void check_sizes(const Program& program, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs,
-                 int64_t rows, int64_t steps) {
+// Every tensor of the size and dtype that the tables say: all that stands between a mistake of the caller and its memory.
+void check_tensors(const Program& program, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs,
+                 torch::headeronly::ScalarType floats, int64_t rows, int64_t steps) {
   const Header& h = *program.header;
-  auto check = [](const std::vector<Tensor>& tensors, const char* what, int64_t at, int64_t numel) {
+  using torch::headeronly::ScalarType;
+  auto check = [&](const std::vector<Tensor>& tensors, const char* what, int64_t at, int64_t numel, Kind kind) {
     STD_TORCH_CHECK(at >= 0 && at < int64_t(tensors.size()) && tensors[at].numel() == numel, "row program: ", what, " ",
                     at, " must have ", numel, " elements");
+    const ScalarType type = kind == Kind::kFloat ? floats : kind == Kind::kBool ? ScalarType::Bool : ScalarType::Long;
+    STD_TORCH_CHECK(tensors[at].scalar_type() == type, "row program: ", what, " ", at, " has another dtype");
   };
   STD_TORCH_CHECK(rows >= 0 && steps >= 0, "row program: rows and steps must not be negative");
   for (int64_t i = 0; i < h.inputs; ++i) {
     const InputEntry& e = program.inputs[i];
-    check(inputs, "input", e.tensor, e.width * rows * (e.role == Role::kStep ? steps : 1));
+    check(inputs, "input", e.tensor, e.width * rows * (e.role == Role::kStep ? steps : 1), e.kind);
   }
   for (int64_t i = 0; i < h.vectors; ++i) {
-    check(inputs, "input", program.vectors[i].tensor, program.vectors[i].rows * program.vectors[i].columns);
+    const VectorEntry& e = program.vectors[i];
+    check(inputs, "input", e.tensor, e.rows * e.columns, e.kind);
   }
   for (int64_t i = 0; i < h.matrices; ++i) {
     const MatrixEntry& e = program.matrices[i];
-    check(inputs, "input", e.tensor, e.count * e.k * e.n);
+    check(inputs, "input", e.tensor, e.count * e.k * e.n, Kind::kFloat);
   }
   for (int64_t i = 0; i < h.outputs; ++i) {
-    check(outputs, "output", program.outputs[i].tensor, program.outputs[i].width * rows * steps);
+    const OutputEntry& e = program.outputs[i];
+    check(outputs, "output", e.tensor, e.width * rows * steps, e.kind);
   }
   for (int64_t i = 0; i < h.finals; ++i) {
-    check(outputs, "output", program.finals[i].tensor, program.finals[i].place.width * rows);
+    check(outputs, "output", program.finals[i].tensor, program.finals[i].place.width * rows, Kind::kFloat);
   }
   for (int64_t i = 0; i < h.sums; ++i) {
-    check(outputs, "output", program.sums[i].tensor, program.sums[i].rows * program.sums[i].columns);
+    check(outputs, "output", program.sums[i].tensor, program.sums[i].rows * program.sums[i].columns, Kind::kFloat);
   }
 }
 
@@ -57,7 +62,9 @@ int64_t run_row_program(
     bool bf16, int64_t isa) {
   const Program program(static_cast<const int64_t*>(code.const_data_ptr()));
   STD_TORCH_CHECK(program.header->version == kVersion, "row program of version ", program.header->version);
-  check_sizes(program, inputs, outputs, rows, steps);
+  const bool wide = packed.scalar_type() == torch::headeronly::ScalarType::Double;
+  const auto floats = wide ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+  check_tensors(program, inputs, outputs, floats, rows, steps);
   std::vector<const void*> from;
   std::vector<void*> to;
   for (const Tensor& t : inputs) {
@@ -70,7 +77,6 @@ int64_t run_row_program(
   const auto* indices = static_cast<const int64_t*>(maps.const_data_ptr());
   auto* state = static_cast<int64_t*>(prints.mutable_data_ptr());
   const int64_t best = isa < 0 ? int64_t(cpu_isa()) : std::min(isa, int64_t(cpu_isa()));
-  const bool wide = packed.scalar_type() == torch::headeronly::ScalarType::Double;
   void* panels = packed.mutable_data_ptr();
   return wide ? run<double, TorchThreads>(program, numbers, indices, panels, state, from, to, rows, steps, reverse,
                                           false, best)

@@ -11,7 +11,8 @@ namespace fastwm {
 
 using torch::stable::Tensor;
 
-// Writes every output, final and sum; returns the number of checks that failed in some row at some step.
+// Writes every output, final and sum; returns 0, or 1 + the first step at which a check did
+// not hold in some row.
 //   code int64, immediates float64, maps int64: the encoded program.
 //   packed, prints: room for packed matrices and their fingerprints (int64, one per matrix, 0 when nothing is packed),
 //     kept from call to call. Packed in float32, float64 or, with `bf16`, bfloat16.

@@ -98,6 +98,12 @@ class Scratch {
   std::size_t size_ = 0;
 };
 
+// As an integer; NaN and what no integer holds become 0.
+template <typename T>
+int64_t whole(T value) {
+  return value > T(-9e18) && value < T(9e18) ? static_cast<int64_t>(value) : 0;
+}
+
 template <typename T>
 struct Shared { // what all tiles read
   const Program& program;
@@ -113,7 +119,7 @@ struct Shared { // what all tiles read
   int64_t tile, chunk; // rows per tile, steps per chunk
   std::vector<const void*> inputs;
   std::vector<void*> outputs;
-  std::atomic<int64_t>* failed;
+  std::atomic<int64_t>* failed; // the first step at which a check does not hold; `steps` where all do
   Team* team; // for few rows: threads that share the columns of a product
 };
 
@@ -251,7 +257,7 @@ class Tile {
     } else {
       auto* to = static_cast<int64_t*>(data) + index * out.width;
       for (int64_t i = 0; i < out.width; ++i) {
-        to[i] = static_cast<int64_t>(from[i]);
+        to[i] = whole(from[i]);
       }
     }
   }
@@ -287,6 +293,7 @@ class Tile {
     p.k = m.k;
     p.n = m.n;
     p.ldb = m.n;
+    p.thin = s_.rows <= 2;
     p.act = static_cast<Unary>(instr.attribute(act));
     parameters(instr, act + 1, act_params);
     p.act_params = act_params;
@@ -443,7 +450,7 @@ class Tile {
     if (instr.code() == Code::kMemberRowSum) {
       const Place& index = instr.operand(1);
       for (int64_t r = 0; r < rows_; ++r) {
-        const int64_t member = static_cast<int64_t>(at(index)[r * index.ld]);
+        const int64_t member = whole(at(index)[r * index.ld]);
         if (member >= 0 && member < sum.rows) {
           k_.add_rows(1, g.width, at(g) + r * g.ld, g.ld, to + member * padded(sum.columns));
         }
@@ -567,7 +574,7 @@ class Tile {
           T* to = at(out) + r * out.ld;
           std::memset(to, 0, out.width * sizeof(T));
           for (int64_t g = 0; g < instr.attribute(0); ++g) {
-            const int64_t i = static_cast<int64_t>(at(index)[r * index.ld + g]);
+            const int64_t i = whole(at(index)[r * index.ld + g]);
             if (i >= 0 && i < n) {
               to[g * n + i] = T(1);
             }
@@ -587,7 +594,7 @@ class Tile {
             std::memset(to, 0, out.width * sizeof(T));
           }
           for (int64_t g = 0; g < groups; ++g) {
-            int64_t i = static_cast<int64_t>(at(index)[r * index.ld + g]);
+            int64_t i = whole(at(index)[r * index.ld + g]);
             i = i < 0 ? 0 : i >= m ? m - 1 : i;
             std::memcpy(put ? to + (g * m + i) * n : to + g * n, put ? from + g * n : from + (g * m + i) * n,
                         n * sizeof(T));
@@ -624,14 +631,15 @@ class Tile {
       }
       case Code::kCheck: {
         const Place& x = instr.operand(0);
-        bool ok = true;
-        for (int64_t r = 0; r < rows_; ++r) {
+        const T* from = at(x);
+        int64_t first = s_.steps;
+        each_row([&](int64_t r, int64_t, int64_t step) {
           for (int64_t i = 0; i < x.width; ++i) {
-            ok = ok && at(x)[r * x.ld + i] != 0;
+            first = from[r * x.ld + i] != 0 ? first : std::min(first, step);
           }
-        }
-        if (!ok) {
-          s_.failed->fetch_or(int64_t(1) << std::min<int64_t>(instr.attribute(0), 62));
+        });
+        int64_t known = s_.failed->load(std::memory_order_relaxed);
+        while (first < known && !s_.failed->compare_exchange_weak(known, first)) {
         }
         return;
       }
@@ -732,10 +740,14 @@ int64_t run(const Program& program, const double* immediates, const int64_t* map
   thread_local Scratch uniforms;
   T* staged = static_cast<T*>(uniforms.get(sizeof(T) * std::max<int64_t>(h.uniforms, 1)));
   stage<T>(program, inputs, staged);
-  std::atomic<int64_t> failed{0};
+  std::atomic<int64_t> failed{steps};
   const int64_t threads = std::max<int64_t>(1, Threads::count());
   Team team(threads);
-  const bool teamed = few && rows > 0 && threads > 1;
+  int64_t largest = 0;
+  for (int64_t i = 0; i < h.matrices; ++i) {
+    largest = std::max(largest, program.matrices[i].k * program.matrices[i].n);
+  }
+  const bool teamed = few && rows > 0 && threads > 1 && largest >= kSharedProduct;
   Shared<T> shared{program, k,     immediates, maps, staged, packed,  bf16,    few,
                    reverse, rows,  steps,      0,    0,      inputs,  outputs, &failed, teamed ? &team : nullptr};
 
@@ -833,7 +845,7 @@ int64_t run(const Program& program, const double* immediates, const int64_t* map
   });
   sum_scratch.trim();
   uniforms.trim();
-  return failed.load();
+  return failed.load() < steps ? failed.load() + 1 : 0;
 }
 
 } // namespace

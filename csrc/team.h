@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <thread>
 
 namespace fastwm {
 
@@ -25,16 +26,18 @@ class Team {
     offer_.store(epoch_ << 32 | uint64_t(parts), std::memory_order_release);
     while (take()) {
     }
-    while (done_.load(std::memory_order_acquire) < parts) {
-      pause();
+    for (int64_t spins = 0; done_.load(std::memory_order_acquire) < parts; ++spins) {
+      wait(spins);
     }
   }
 
   // The others: takes parts until the leader is through.
   void help() {
-    while (!finished_.load(std::memory_order_acquire)) {
-      if (!take()) {
-        pause();
+    for (int64_t spins = 0; !finished_.load(std::memory_order_acquire); ++spins) {
+      if (take()) {
+        spins = 0;
+      } else {
+        wait(spins);
       }
     }
   }
@@ -66,11 +69,18 @@ class Team {
     return true;
   }
 
-  static void pause() {
+  // A moment; after many of them the core is lent to whoever else wants it, perhaps the thread that is waited for.
+  static void wait(int64_t spins) {
+    if (spins > kPatience) {
+      std::this_thread::yield();
+      return;
+    }
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
   }
+
+  static constexpr int64_t kPatience = 500; // some 10 us
 
   const int64_t threads_;
   void (*job_)(const void*, int64_t) = nullptr;

@@ -117,8 +117,8 @@ class Executor:
             outputs: to write into, in the order of what is returned; default: fresh ones.
 
         Returns:
-            Outputs ``[rows, steps, *shape]``, finals ``[rows, *shape]`` and sums; and a number that is not 0
-            if a check failed: bit ``i`` for check ``i``.
+            Outputs ``[rows, steps, *shape]``, finals ``[rows, *shape]`` and sums; and 0 if every check held,
+            else 1 + the first step at which one did not.
         """
         if outputs is None:
             outputs = self.empty(rows, steps)

@@ -561,7 +561,7 @@ def test_bools_and_ints_in_and_out() -> None:
             assert_ran(ran, want, rtol=0.0)
 
 
-def test_checks_say_which_failed() -> None:
+def test_checks_say_at_which_step_the_first_failed() -> None:
     p, x, s = _small()
     p.carries["x"] = x
     p.checks = [
@@ -574,20 +574,47 @@ def test_checks_say_which_failed() -> None:
         good = _numbers(p, rows, steps) | {"flag": torch.ones(rows, steps)}
         for reverse in (False, True):
             assert execute(p, good, rows, steps, reverse=reverse).failed == 0
-            for bit, name, value in (
-                (1 | 4, "s", NAN), (1 | 4, "s", INF), (2, "x", -200.0), (4, "s", 1e7), (8, "flag", 0.0)
-            ):  # fmt: skip
-                bad = {n: t.clone() for n, t in good.items()}
-                bad[name].view(-1)[-1] = value  # one element, one row, one step
-                assert execute(p, bad, rows, steps, reverse=reverse).failed == bit, (name, value)
+            for name, value in (("s", NAN), ("s", INF), ("x", -200.0), ("s", 1e7), ("flag", 0.0)):
+                for step in {0, steps // 2, steps - 1}:
+                    bad = {n: t.clone() for n, t in good.items()}
+                    of_step = bad[name][-1] if name == "x" else bad[name][-1, step]
+                    of_step.view(-1)[-1:] = value  # one element, one row, one step
+                    first = 1 if name == "x" else step + 1
+                    failed = execute(p, bad, rows, steps, reverse=reverse).failed
+                    assert failed == first, (name, value, step)
 
 
-def test_a_hundred_checks_share_the_last_bit() -> None:
-    p, x, _ = _small()
-    p.checks = [p.emit("lt", x, 100.0 - k) for k in range(100)]
-    inputs = _numbers(p, 3, 1)
-    inputs["x"][1, 2] = 2.0
-    assert execute(p, inputs, 3, 1).failed == 1 << 62
+def test_the_earliest_of_many_failures_counts() -> None:
+    p, _, _ = _small()
+    flag = p.input("flag", "step", (), "bool")
+    p.checks = [flag] * 100
+    inputs = _numbers(p, 300, 9) | {"flag": torch.ones(300, 9)}
+    inputs["flag"][[7, 150, 299], [5, 3, 8]] = 0.0
+    assert execute(p, inputs, 300, 9).failed == 4
+
+
+def test_bits_do_not_depend_on_the_threads_nor_on_the_rows_around() -> None:
+    """Tiles of one or two rows, at the end of a batch, add up in the order of all others."""
+    p = Program()
+    x = p.input("x", "carry", (128,))
+    w = p.input("w", "uniform", (128, 128))
+    p.carries["x"] = p.outputs["y"] = p.emit("linear", x, w, None, layout="nk", act="tanh")
+    inputs = {"x": torch.randn(65, 128), "w": torch.randn(128, 128) / 11}
+    executor, found = Executor(p), []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        found.append(executor(inputs, 65, 5)["y"])
+    torch.set_num_threads(1)
+    found.append(
+        torch.cat(
+            [
+                executor({**inputs, "x": inputs["x"][i : i + 13]}, 13, 5)["y"]
+                for i in range(0, 65, 13)
+            ]
+        )
+    )
+    for other in found[1:]:
+        assert torch.equal(other, found[0])
 
 
 def test_a_sum_with_many_contributions() -> None:
