@@ -467,6 +467,9 @@ def _fuse(
         plan.fused = fused
     except (NotFusible, ChecksFailed) as reason:
         plan.unfused = str(reason) or "an argument check fails"
+    except Exception as error:  # a fault of this engine is no reason not to run on another
+        text = " ".join(str(error).split())
+        plan.unfused = f"lowering failed: {type(error).__name__}: {text[:200]}"
 
 
 def _gross_difference(

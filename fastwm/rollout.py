@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["fast_rollout", "rollout"]
 
 
+class _CheckFails(NotCapturable):
+    """A check of the step's arguments failed, in the course of the rollout."""
+
+
 def rollout(env: WorldModelEnv, request: Request) -> TensorDictBase:
     """Run ``request`` on the engine in force for ``env``.
 
@@ -89,6 +93,14 @@ def fast_rollout(
         fused = (
             plan.fused if engine == "fused" or (engine == "auto" and plan.prefers_fused()) else None
         )
+        if fused is not None and engine == "auto":
+            try:
+                return _run(env, request, plan, td, start, feed, fused)
+            except _CheckFails:  # the captured engine goes on, where the check allows it
+                if random_state is not None:
+                    random_state.restore()
+                feed = None if td is None else request.feed(env, td.batch_size)
+                fused = None
         return _run(env, request, plan, td, start, feed, fused)
     except NotCapturable:
         # The eager path goes on from here: asking initial_state again might give another start.
@@ -176,7 +188,7 @@ def _run(
             generator.set_state(state)
         if isinstance(reason, NotCapturable):
             raise
-        raise NotCapturable(
+        raise _CheckFails(
             "an argument check fails (a distribution's validation, an index's range, or one_hot's)"
         ) from None
     if feed is not None:

@@ -16,6 +16,7 @@ from fastwm.ops.library import cpu_library
 from fastwm.row_program.executor import Executor
 from fastwm.row_program.gradient import Gradient, differentiate
 from fastwm.row_program.lowering import Lowered, NotLowerable, lower
+from fastwm.row_program.lowering.prologue import dtype_of
 from fastwm.row_program.passes import fuse_act
 from fastwm.row_program.program import ProgramError
 from fastwm.row_program.reference import interpret
@@ -92,13 +93,16 @@ class FusedLoop:
         self.live = [f for f in self.flags if not _never(lowered, f)]
         self._kinds = {n: _kind(dtype) for n, (_, dtype) in lowered.casts.items()}
         # In the program's order of uniforms: constants as they are, or what the prologue makes of them.
-        self._direct: list[int] | None = None
+        self._direct: list[tuple[int, bool]] | None = None
         if lowered.plain and all(
-            constants[u.constant].is_contiguous() and constants[u.constant].dtype is program.dtype
+            constants[u.constant].is_contiguous()
+            and constants[u.constant].dtype is dtype_of(u.kind, program.dtype)
             for u in lowered.uniforms
             if u.constant is not None
         ):
-            self._direct = [u.constant for u in lowered.uniforms if u.constant is not None]
+            self._direct = [
+                (u.constant, u.frozen) for u in lowered.uniforms if u.constant is not None
+            ]
         self.wrt = self._wrt(constants, wanting) if wanting is not None else []
         self._modes: dict[Any, _Mode] = {}
         try:
@@ -224,6 +228,7 @@ class FusedLoop:
         states = [(g, g.get_state()) for g in self._generators()] if stop and random else []
         given = self._drawn(horizon, feed)
         uniforms = self._uniforms(constants)
+        steps, failed = horizon, 0
         tensors = [given[n] if n in given else inputs[n[1]].contiguous() for n in self._rows_in]
         tensors += uniforms
         if grad and not torch.is_inference_mode_enabled():
@@ -232,10 +237,8 @@ class FusedLoop:
         after: Tensors = {}
         with annotate("fastwm.loop"):
             if grad:
-                results, failed = (
-                    self._mode(save_all=self._save_all(horizon)).run(tensors, horizon),
-                    0,
-                )
+                mode = self._mode(save_all=self._save_all(horizon))
+                results, failed = mode.run(tensors, horizon)
             elif finals:
                 if self._blocks is None:
                     self._blocks = self._executor(self.program, finals=self._states())
@@ -250,23 +253,39 @@ class FusedLoop:
                 executor = self._plain or self._no_grad()
                 fresh = self._fresh(horizon) if self._as_written else None
                 results, failed = executor.run(tensors, self.rows, horizon, outputs=fresh)
-        if failed:
+        values = self._values(results, inputs, horizon, reshape=finals)
+        if stop:
+            steps = self._stopped(values, horizon)
+        if 0 < failed <= steps:  # beyond the last step nobody would have looked
             raise ChecksFailed
-        if finals or not self._as_written or self.lowered.passed:
-            values = self._named(results, inputs, horizon)
-        else:
-            values = dict(zip(self._paths, results, strict=True))
-        steps = self._stopped(values, horizon) if stop else horizon
         if steps < horizon:
             for generator, state in states:
                 generator.set_state(state)
             if states:
                 self._drawn(steps, feed if draws_feed else None)
-            values = {k: t.narrow(self.dim, 0, steps).clone() for k, t in values.items()}
-            if grad and steps == 1:  # what only later steps would have made require gradients
-                first = {name[1] for name in self.requiring(1)}
-                values = {k: t if k in first else t.detach() for k, t in values.items()}
+            if grad:
+                # Steps past the end may hold what turns a gradient of 0 into NaN: they are no part of the
+                # graph.
+                del results, values
+                for i, name in enumerate(self._rows_in):
+                    if name in self.time_major:
+                        tensors[i] = tensors[i][:steps].clone()
+                with annotate("fastwm.loop"):
+                    mode = self._mode(save_all=self._save_all(steps))
+                    results, failed = mode.run(tensors, steps)
+                if failed:
+                    raise ChecksFailed
+                values = self._values(results, inputs, steps, reshape=False)
+            else:
+                values = {k: t.narrow(self.dim, 0, steps).clone() for k, t in values.items()}
         return steps, values, after
+
+    def _values(
+        self, results: Sequence[torch.Tensor], inputs: Tensors, steps: int, *, reshape: bool
+    ) -> Tensors:
+        if reshape or not self._as_written or self.lowered.passed:
+            return self._named(results, inputs, steps)
+        return dict(zip(self._paths, results, strict=True))
 
     def _fresh(self, steps: int) -> list[torch.Tensor]:
         """Tensors for the results, in the shapes that the caller gets."""
@@ -285,7 +304,7 @@ class FusedLoop:
 
     def _save_all(self, horizon: int) -> bool:
         width = self._mode(save_all=True).tape_width
-        return width * horizon * self.rows * 4 <= _TAPE_BYTES
+        return width * horizon * self.rows * self.program.dtype.itemsize <= _TAPE_BYTES
 
     def _states(self) -> list[Any]:
         return list(self.program.carries)
@@ -298,7 +317,7 @@ class FusedLoop:
 
     def _uniforms(self, constants: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if self._direct is not None:
-            return [constants[i] for i in self._direct]
+            return [constants[i].detach() if frozen else constants[i] for i, frozen in self._direct]
         return [t.contiguous() for t in self.lowered.prologue(constants)]
 
     def _drawn(self, horizon: int, feed: FeedStep | None) -> dict[Any, torch.Tensor]:
@@ -422,8 +441,11 @@ class _Mode:
         self.major = {i for i, n in enumerate(self.inputs) if n in loop.time_major}
         self.pool: list[torch.Tensor] | None = [] if pooled else None
 
-    def run(self, tensors: Sequence[torch.Tensor], steps: int) -> list[torch.Tensor]:
-        return list(_Rollout.apply(self, steps, *tensors))
+    def run(self, tensors: Sequence[torch.Tensor], steps: int) -> tuple[list[torch.Tensor], int]:
+        """The outputs, and as :meth:`Executor.run` when a check failed."""
+        failed: list[int] = []
+        outputs = _Rollout.apply(self, steps, failed, *tensors)
+        return list(outputs), failed[0]
 
     def fresh(self, steps: int) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
         """Memory for the outputs, for the tape, and what gives the tape's back when it goes."""
@@ -497,8 +519,11 @@ class _Lease:
     def __init__(self, pool: list[torch.Tensor], size: int, dtype: torch.dtype) -> None:
         self.pool = pool
         self.memory = torch.empty(0, dtype=dtype)
-        while pool:
-            self.memory = pool.pop()
+        while True:  # other threads take from it, too
+            try:
+                self.memory = pool.pop()
+            except IndexError:
+                break
             if self.memory.numel() >= size:
                 return
         self.memory = torch.empty(size, dtype=dtype)
@@ -512,11 +537,12 @@ class _Rollout(torch.autograd.Function):
     """The rollout as one node of autograd's graph."""
 
     @staticmethod
-    def forward(ctx: Any, mode: _Mode, steps: int, *tensors: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, mode: _Mode, steps: int, failures: list[int], *tensors: torch.Tensor
+    ) -> Any:
         outputs, tape, lease = mode.fresh(steps)
         _, failed = mode.forward.run(tensors, mode.loop.rows, steps, outputs=[*outputs, *tape])
-        if failed:
-            raise ChecksFailed
+        failures.append(failed)
         ctx.mode, ctx.steps, ctx.lease = mode, steps, lease
         ctx.set_materialize_grads(False)
         fixed = mode.fixed_first if steps == 1 else mode.fixed
@@ -535,6 +561,11 @@ class _Rollout(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         mode: _Mode = ctx.mode
         saved = ctx.saved_tensors
+        if ctx.given_out is None:  # what was kept elsewhere is gone as well
+            raise RuntimeError(
+                "Trying to backward through the graph a second time, after the values that it kept have been "
+                "freed. Specify retain_graph=True if you need to backward through the graph a second time."
+            )
         inputs: list[Any] = [None] * len(mode.inputs)
         for i, tensor in zip(mode.kept, saved, strict=False):
             inputs[i] = tensor
@@ -542,7 +573,7 @@ class _Rollout(torch.autograd.Function):
             inputs[i] = tensor
         tape = ctx.leased or saved[len(mode.kept) :]
         given = frozenset(i for i, g in enumerate(grads) if g is not None)
-        wanted = ctx.needs_input_grad[2:]
+        wanted = ctx.needs_input_grad[3:]
         found: list[torch.Tensor | None] = [None] * len(inputs)
         if given and torch.is_grad_enabled():
             _refuse_changed(ctx, range(len(inputs)))
@@ -584,7 +615,16 @@ class _Rollout(torch.autograd.Function):
                 gradient = gradient.transpose(0, 1)
             shape = inputs[i].shape
             back.append(gradient if gradient.shape == shape else gradient.reshape(shape))
-        return None, None, *back
+        if not _graph_is_kept():
+            ctx.lease = ctx.given_out = None
+            ctx.leased, ctx.others = [], []
+        return None, None, None, *back
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass that is under way was asked to keep the graph (if torch tells)."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or asked()
 
 
 def _refuse_changed(ctx: Any, needed: Iterable[int]) -> None:
@@ -606,7 +646,12 @@ def _differentiable(
 ) -> list[torch.Tensor | None]:  # fmt: skip
     """Gradients that have gradients themselves, by torch's autograd over the reference interpreter."""
     program, rows = mode.loop.program, mode.loop.rows
+    wrt = set(mode.loop.wrt)
+    ends = [i for i, wants in enumerate(wanted) if wants and mode.inputs[i] in wrt]
     inputs = dict(zip(mode.inputs, tensors, strict=True))
+    # Inputs may hang on one another: these here do not.
+    fresh = {i: tensors[i].view_as(tensors[i]) for i in ends}
+    inputs.update((mode.inputs[i], t) for i, t in fresh.items())
     laid: dict[Any, torch.Tensor] = {}
     for name, item in program.inputs.items():
         value = inputs[name]
@@ -616,18 +661,18 @@ def _differentiable(
         else:
             laid[name] = value if item.role == "uniform" else value.reshape(rows, *shape)
     outputs = interpret(program, laid, steps).outputs
-    ends = [i for i, wants in enumerate(wanted) if wants]
     named = zip(mode.names, grads, strict=False)
     given = {n: g for n, g in named if g is not None and outputs[n].requires_grad}
+    back: list[torch.Tensor | None] = [None] * len(wanted)
+    if not given or not ends:
+        return back
     found = torch.autograd.grad(
-        [outputs[n] for n in given], [laid[mode.inputs[i]] for i in ends],
+        [outputs[n] for n in given], list(fresh.values()),
         [g.reshape(outputs[n].shape) for n, g in given.items()],
         create_graph=True, allow_unused=True,
     )  # fmt: skip
-    back: list[torch.Tensor | None] = [None] * len(wanted)
     for i, gradient in zip(ends, found, strict=True):
-        turned = i in mode.major and gradient is not None
-        back[i] = gradient.transpose(0, 1) if turned else gradient
+        back[i] = gradient
     return back
 
 

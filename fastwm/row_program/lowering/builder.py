@@ -50,7 +50,7 @@ class Builder:
         self.program = Program(dtype=dtype)
         self.nodes = Nodes(constants)
         self.uniforms: list[Uniform] = []
-        self._uniform_of: dict[Leaf, Val] = {}
+        self._uniform_of: dict[tuple[Leaf, str], Val] = {}
         self.batch = tuple(Atom("batch", n) if n > 1 else None for n in batch)
         self.largest = 2.0**24 if dtype is torch.float32 else 2.0**53
         self.quiet: set[int] = set()  # values that carry no gradient anyhow
@@ -96,23 +96,30 @@ class Builder:
             expand = laid.shape
         return Leaf(node, view, perm, compact, expand, laid.ref.frozen)
 
-    def uniform(self, laid: Laid, order: tuple[Atom, ...], shape: tuple[int, ...]) -> Val:
-        """The program's uniform for a prologue value, its atoms in ``order``."""
+    def uniform(
+        self, laid: Laid, order: tuple[Atom, ...], shape: tuple[int, ...], kind: str | None = None
+    ) -> Val:
+        """The program's uniform for a prologue value, its atoms in ``order``; of its own kind by default.
+
+        Whatever products and normalisations take is of kind float.
+        """
         assert isinstance(laid.ref, Fixed)
         perm = None
         view: tuple[int, ...] | None = None
         if order != laid.order:
             perm = tuple(laid.order.index(a) for a in order)
             view = tuple(a.size for a in laid.order)
-        key = Leaf(laid.ref.node, view, perm, shape, None, laid.ref.frozen)
+        leaf = Leaf(laid.ref.node, view, perm, shape, None, laid.ref.frozen)
+        kind = kind or laid.kind
+        key = leaf, kind
         if key not in self._uniform_of:
             name = ("const", len(self.uniforms))
-            literal = self.nodes.literals.get(key.node)
+            literal = self.nodes.literals.get(leaf.node)
             if literal is not None and literal.is_floating_point():
-                self.nodes.literals[key.node] = literal.to(self.program.dtype)
-            constant = key.node if key.node < self.nodes.count and perm is None else None
-            self._uniform_of[key] = self.program.input(name, "uniform", shape, laid.kind)
-            self.uniforms.append(Uniform(name, shape, constant, key.frozen, key))
+                self.nodes.literals[leaf.node] = literal.to(self.program.dtype)
+            constant = leaf.node if leaf.node < self.nodes.count and perm is None else None
+            self._uniform_of[key] = self.program.input(name, "uniform", shape, kind)
+            self.uniforms.append(Uniform(name, shape, constant, leaf.frozen, leaf, kind))
         return self._uniform_of[key]
 
     def as_row(self, laid: Laid) -> Laid:

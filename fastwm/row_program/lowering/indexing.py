@@ -146,14 +146,14 @@ def _looked_up(s: Step, table: Laid, index: Laid, *, wrap: bool = False) -> Laid
     order = inner_atoms(table.dims)
     if index.width == 1:  # other entries, NaN as they may be, are not touched
         one = s.b.fill(1.0, (1,), "float")
-        members = s.b.uniform(table, order, (n, 1, size))
+        members = s.b.uniform(table, order, (n, 1, size), "float")
         out = s.b.program.emit(
             "member_linear", one, members, None, s.b.reshaped(i, ()), layout="kn"
         )
         out = s.b.reshaped(out, (*((1,) if index.order else ()), size))
     else:
         hot = s.b.program.emit("one_hot", i, n=n)
-        matrix = s.b.uniform(table, order, (n, size))
+        matrix = s.b.uniform(table, order, (n, size), "float")
         out = s.b.program.emit("linear", hot, matrix, None, layout="kn")
     return Laid(out, (*index.dims, *rest), (*index.order, *order[bool(table.dims[0]) :]))
 

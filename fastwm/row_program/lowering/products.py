@@ -38,12 +38,12 @@ def _matrix(s: Step, w: Laid, lead: tuple[Atom, ...]) -> tuple[Val, str]:
     size_k, size_n = (math.prod(a.size for a in d) for d in (k, n))
     assert isinstance(w.ref, Fixed)
     if w.order == (*lead, *n, *k) and w.order != (*lead, *k, *n):
-        return s.b.uniform(w, w.order, (*sizes, size_n, size_k)), "nk"
+        return s.b.uniform(w, w.order, (*sizes, size_n, size_k), "float"), "nk"
     if (
         size_n == 1 and not n
     ):  # one column: the same elements either way, and this way is a plain Linear's
-        return s.b.uniform(w, (*lead, *k), (*sizes, 1, size_k)), "nk"
-    return s.b.uniform(w, (*lead, *k, *n), (*sizes, size_k, size_n)), "kn"
+        return s.b.uniform(w, (*lead, *k), (*sizes, 1, size_k), "float"), "nk"
+    return s.b.uniform(w, (*lead, *k, *n), (*sizes, size_k, size_n), "float"), "kn"
 
 
 def _bias(s: Step, bias: Laid | None, dims: Dims, lead: int) -> tuple[Atom, ...] | None:
@@ -75,7 +75,7 @@ def _product(s: Step, x: Laid, w: Laid, bias: Laid | None = None) -> Laid:
         atom = (Atom("inner", n),) if n > 1 else ()
         dims = (x.dims[0], atom)
         found = _bias(s, bias, dims, 0)
-        b = None if found is None or bias is None else s.b.uniform(bias, found, (n,))
+        b = None if found is None or bias is None else s.b.uniform(bias, found, (n,), "float")
         result = s.b.program.emit("linear", val, matrix, b, layout=layout)
         made = Laid(result, dims, (*lead, *atom))
         return made if bias is None or b is not None else s.arith("add", made, bias)
@@ -136,7 +136,7 @@ def _batched(s: Step, x: Laid, w: Laid, bias: Laid | None = None) -> Laid:
         found = _bias(s, bias, laid_out, 1)
         b = None
         if found is not None and bias is not None:
-            b = s.b.uniform(bias, found, (count, n))
+            b = s.b.uniform(bias, found, (count, n), "float")
         result = s.b.program.emit("grouped_linear", val, matrix, b, layout=layout)
         made = Laid(result, laid_out, (*groups, *atom))
         return made if bias is None or b is not None else s.arith("add", made, bias)

@@ -10,9 +10,14 @@ import torch
 
 from fastwm.step_graph import map_values
 
-__all__ = ["Leaf", "Nodes", "Uniform"]
+__all__ = ["Leaf", "Nodes", "Uniform", "dtype_of"]
 
 Tensor = torch.Tensor
+
+
+def dtype_of(kind: str, floats: torch.dtype) -> torch.dtype:
+    """How the executor takes tensors of a kind."""
+    return {"bool": torch.bool, "int": torch.int64}.get(kind, floats)
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Uniform:
         constant: position among the graph's constants where the uniform is that constant's elements, in
             their order; None where the prologue computes it.
         frozen: gradients must not reach the constant.
+        kind: what the program takes it as.
     """
 
     name: Any
@@ -53,6 +59,7 @@ class Uniform:
     constant: int | None
     frozen: bool
     leaf: Leaf
+    kind: str = "float"
 
 
 @dataclass
@@ -111,16 +118,16 @@ class Nodes:
                 wanted.update(leaf.node for leaf in _leaves((node.args, node.kwargs)))
         steps = [(n, node) for n, node in self.computed.items() if n in wanted]
         literals = {n: t for n, t in self.literals.items() if n in wanted}
-        leaves = [(u.leaf, u.shape) for u in uniforms]
+        leaves = [(u.leaf, u.shape, dtype_of(u.kind, dtype)) for u in uniforms]
 
         def prologue(constants: Sequence[Tensor]) -> list[Tensor]:
             values: dict[int, Tensor] = {**dict(enumerate(constants)), **literals}
             for number, node in steps:
                 values[number] = _run(node, values)
             out = []
-            for leaf, shape in leaves:
+            for leaf, shape, wanted_dtype in leaves:
                 value = leaf.read(values[leaf.node])
-                value = value if value.dtype is dtype else value.to(dtype)
+                value = value if value.dtype is wanted_dtype else value.to(wanted_dtype)
                 out.append(value if value.shape == shape else value.reshape(shape))
             return out
 

@@ -160,7 +160,7 @@ def _layer_norm(s: Step, c: Call) -> Any:
     uniforms = []
     for given in (w, b):
         plain = given is not None and not given.is_row and not _is_fill(given)
-        uniforms.append(s.b.uniform(given, _inner(given), (n,)) if plain else None)
+        uniforms.append(s.b.uniform(given, _inner(given), (n,), "float") if plain else None)
     # One of the two that the step computes goes by itself.
     computed_w = w is not None and uniforms[0] is None
     computed_b = b is not None and (uniforms[1] is None or computed_w)
@@ -252,7 +252,7 @@ def _cumsum(s: Step, c: Call) -> Laid:
     if n > _LARGEST_CUMSUM:
         raise NotLowerable(f"aten.cumsum over {n} entries")
     ones = s.b.fixed(torch.ones(n, n, dtype=s.b.program.dtype).triu())
-    triangle = s.b.uniform(ones, ones.order, (n, n))
+    triangle = s.b.uniform(ones, ones.order, (n, n), "float")
     out = s.b.program.emit("linear", val, triangle, None, layout="kn")
     return replace(x, ref=out, order=(*lead, *x.dims[dims[0]]))
 
