@@ -616,7 +616,8 @@ class _Encoder:
         header = [
             _VERSION, len(rows_in), len(outputs), len(finals), len(self.vectors), len(self.matrices),
             len(sums), len(program.checks), chunk, sizes[1], batch, persist, self.scratch,
-            self.uniform_elements, offset, self.packed, *map(len, bodies), item * (chunk + sizes[1] + batch + persist + self.scratch),
+            self.uniform_elements, offset, self.packed, *map(len, bodies),
+            item * (chunk + sizes[1] + batch + persist + self.scratch),
         ]  # fmt: skip
         return Encoded(
             torch.tensor(header + words, dtype=torch.int64),

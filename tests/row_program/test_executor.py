@@ -601,8 +601,8 @@ def test_bits_do_not_depend_on_the_threads_nor_on_the_rows_around() -> None:
     p.carries["x"] = p.outputs["y"] = p.emit("linear", x, w, None, layout="nk", act="tanh")
     inputs = {"x": torch.randn(65, 128), "w": torch.randn(128, 128) / 11}
     executor, found = Executor(p), []
-    for threads in (1, 2, 3, 8):
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
         found.append(executor(inputs, 65, 5)["y"])
     torch.set_num_threads(1)
     found.append(
