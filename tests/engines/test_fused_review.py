@@ -246,12 +246,14 @@ def test_a_lease_from_a_pool_that_others_empty() -> None:
 
 
 def test_the_tape_is_counted_in_bytes(monkeypatch: Any) -> None:
-    env, policy = env_of(Mixed()), linear_policy().double()
+    dynamics = Buffered(torch.rand(LATENT), lambda y, latent, t: torch.sin(y * 2) * t)
+    env, policy = env_of(dynamics), linear_policy().double()
     env.world_model.double()
     start = TensorDict({"latent": torch.randn(B, LATENT, dtype=torch.float64)}, [B])
     run("fused", env, T, policy, start)
     (loop,) = [p.fused for found in plans.cache_of(env).plans.values() for p in found]
     width = loop._mode(save_all=True).tape_width
+    assert width
     monkeypatch.setattr(fused, "_TAPE_BYTES", width * T * B * 8 - 1)
     assert not loop._save_all(T)
 
