@@ -92,10 +92,9 @@ FASTWM_INLINE void block(int64_t k, const T* a, int64_t lda, const typename B::E
   Vec<T> acc[MR][NV];
 #pragma GCC unroll 8
   for (int j = 0; j < NV; ++j) {
-    const Vec<T> first = bias ? load<T>(bias + j * lanes) : spread<T>(0);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
-      acc[i][j] = first;
+      acc[i][j] = spread<T>(0);
     }
   }
   for (int64_t p = 0; p < k; ++p) {
@@ -114,11 +113,13 @@ FASTWM_INLINE void block(int64_t k, const T* a, int64_t lda, const typename B::E
       }
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
+  // The bias last: products added to a large one would each be rounded to its precision.
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) {
-      store<T>(c + i * ldc + j * lanes, acc[i][j]);
+  for (int j = 0; j < NV; ++j) {
+    const Vec<T> last = bias ? load<T>(bias + j * lanes) : spread<T>(0);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      store<T>(c + i * ldc + j * lanes, acc[i][j] + last);
     }
   }
 }
@@ -137,7 +138,7 @@ FASTWM_INLINE void thin_block(int64_t k, const T* a, int64_t lda, const typename
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) {
-        acc[u][i][j] = u == 0 && bias ? load<T>(bias + j * lanes) : spread<T>(0);
+        acc[u][i][j] = spread<T>(0);
       }
     }
   }
@@ -175,7 +176,7 @@ FASTWM_INLINE void thin_block(int64_t k, const T* a, int64_t lda, const typename
       if constexpr (cut == 4) {
         s = s + (acc[2][i][j] + acc[3][i][j]);
       }
-      store<T>(c + i * ldc + j * lanes, s);
+      store<T>(c + i * ldc + j * lanes, bias ? s + load<T>(bias + j * lanes) : s);
     }
   }
 }
@@ -371,7 +372,7 @@ FASTWM_INLINE void column_block(const Product<T>& p, const T* a, const T* b, con
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
-      acc[i][j] = bias ? load<T>(bias + j * lanes) : spread<T>(0);
+      acc[i][j] = spread<T>(0);
     }
   }
   for (int64_t k = 0; k < p.k; ++k) {
@@ -389,7 +390,7 @@ FASTWM_INLINE void column_block(const Product<T>& p, const T* a, const T* b, con
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
-      store<T>(c + i * p.ldc + j * lanes, acc[i][j]);
+      store<T>(c + i * p.ldc + j * lanes, bias ? acc[i][j] + load<T>(bias + j * lanes) : acc[i][j]);
     }
   }
 }
@@ -403,11 +404,11 @@ void column_rows(const Product<T>& p, int64_t row) {
   if (p.n < lanes) {
     for (int i = 0; i < MR; ++i) {
       for (int64_t n = 0; n < p.n; ++n) {
-        T s = p.bias ? p.bias[n] : T(0);
+        T s = 0;
         for (int64_t k = 0; k < p.k; ++k) {
           s += a[i * p.lda + k] * w[k * p.ldb + n];
         }
-        c[i * p.ldc + n] = s;
+        c[i * p.ldc + n] = p.bias ? s + p.bias[n] : s;
       }
     }
     return;

@@ -48,8 +48,10 @@ FASTWM_INLINE Vec<T> tanh_softplus(Vec<T> x) {
 
 template <typename T>
 FASTWM_INLINE Vec<T> softplus_(Vec<T> x, T beta, T threshold) {
-  const Vec<T> z = x * spread<T>(beta);
-  const Vec<T> y = log1p_(exp_(clamp_<T>(z, T(-1e30), threshold))) / spread<T>(beta);
+  const Vec<T> z = x * spread<T>(beta), zero = spread<T>(0);
+  // log(1 + exp(z)) with the part that matters for large z set apart, so that it is not rounded three times.
+  const Vec<T> positive = z <= zero ? zero : z; // NaN stays
+  const Vec<T> y = (positive + log1p_(exp_(-abs_<T>(z)))) / spread<T>(beta);
   return z > spread<T>(threshold) ? x : y;
 }
 

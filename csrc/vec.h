@@ -374,11 +374,12 @@ FASTWM_INLINE Vec<T> quick_sigmoid(Vec<T> x) {
     // -x * log2(e) - n, log2(e) in two parts: the rounding of t would be |x| / 1.4 ulp of the result.
     Vec<float> r = fma(x, spread<float>(-1.44269504088896341f), -n);
     r = fma(x, spread<float>(-1.92596303e-8f), r);
-    Vec<float> p = spread<float>(1.3264707e-3f); // 2**r on [-0.5, 0.5], 9e-8
-    p = fma(p, r, spread<float>(9.6715109e-3f));
-    p = fma(p, r, spread<float>(5.5507338e-2f));
-    p = fma(p, r, spread<float>(2.4022242e-1f));
-    p = fma(p, r, spread<float>(6.9314698e-1f));
+    Vec<float> p = spread<float>(1.535336188e-4f); // 2**r on [-0.5, 0.5], less than rounding
+    p = fma(p, r, spread<float>(1.339887440e-3f));
+    p = fma(p, r, spread<float>(9.618437357e-3f));
+    p = fma(p, r, spread<float>(5.550332471e-2f));
+    p = fma(p, r, spread<float>(2.402264791e-1f));
+    p = fma(p, r, spread<float>(6.931472029e-1f));
     p = fma(p, r, spread<float>(1.0f));
     const Vec<float> y = reciprocal_<float>(spread<float>(1) + scale_(p, n));
     return gone ? spread<float>(0) : y;
