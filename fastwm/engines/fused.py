@@ -15,8 +15,8 @@ from fastwm.nvtx import annotate
 from fastwm.ops.library import cpu_library
 from fastwm.row_program.executor import Executor
 from fastwm.row_program.gradient import Gradient, differentiate
+from fastwm.row_program.kinds import dtype_name, dtype_of, kind_of
 from fastwm.row_program.lowering import Lowered, NotLowerable, lower
-from fastwm.row_program.lowering.prologue import dtype_of
 from fastwm.row_program.passes import fuse_act
 from fastwm.row_program.program import ProgramError
 from fastwm.row_program.reference import interpret
@@ -77,7 +77,7 @@ class FusedLoop:
         except (NotLowerable, ProgramError) as reason:
             raise NotFusible(str(reason)) from reason
         if bf16 and program.dtype is not torch.float32:
-            raise NotFusible(f"bfloat16 weights in a step of {str(program.dtype)[len('torch.') :]}")
+            raise NotFusible(f"bfloat16 weights in a step of {dtype_name(program.dtype)}")
         self.program = program
         self.dim = dim
         self.fed = list(fed)
@@ -91,7 +91,7 @@ class FusedLoop:
         self.time_major = {n for n in program.inputs if n[0] in ("draw", "feed")}
         #: Flags that may be true; those that are False by construction end nothing.
         self.live = [f for f in self.flags if not _never(lowered, f)]
-        self._kinds = {n: _kind(dtype) for n, (_, dtype) in lowered.casts.items()}
+        self._kinds = {n: kind_of(dtype) for n, (_, dtype) in lowered.casts.items()}
         # In the program's order of uniforms: constants as they are, or what the prologue makes of them.
         self._direct: list[tuple[int, bool]] | None = None
         if lowered.plain and all(
@@ -127,8 +127,9 @@ class FusedLoop:
         # What every call needs, worked out once.
         self._rows_in = [n for n, i in program.inputs.items() if i.role != "uniform"]
         self._paths = [n[1] for n in lowered.casts]
-        dtypes = (program.dtype, torch.bool, torch.int64)
-        self._as_written = all(dtype in dtypes for _, dtype in lowered.casts.values())
+        self._as_written = all(
+            dtype is dtype_of(kind_of(dtype), program.dtype) for _, dtype in lowered.casts.values()
+        )
         self._sizes: dict[int, list[tuple[tuple[int, ...], torch.dtype]]] = {}
 
     # -- making executors
@@ -481,14 +482,13 @@ class _Mode:
             if source.kind == "input" and source.name in self.loop.time_major:
                 major.add(name)
         executor = Executor(program, time_major=major)
-        other = {"bool": torch.bool, "int": torch.int64}
         position = {n: i for i, n in enumerate(self.inputs)}
         produced = {n: i for i, n in enumerate(self.names)}
         plan: list[tuple[str, Any, torch.dtype]] = []
         for name in executor.inputs:
             item = program.inputs[name]
             type = program.type(item.val)
-            dtype = other.get(type.kind, program.dtype)
+            dtype = dtype_of(type.kind, program.dtype)
             if name in gradient.saved:
                 source = gradient.saved[name]
                 if source.kind == "input":
@@ -678,12 +678,6 @@ def _differentiable(
 
 def _copied(program: Any, finals: Collection[Any]) -> Any:
     return replace(program, finals=list(finals))
-
-
-def _kind(dtype: torch.dtype) -> str:
-    if dtype is torch.bool:
-        return "bool"
-    return "float" if dtype.is_floating_point else "int"
 
 
 def _never(lowered: Lowered, flag: Any) -> bool:

@@ -10,13 +10,13 @@ import torch
 
 from fastwm.ops.row_program import row_program_op
 from fastwm.row_program.encode import encode
+from fastwm.row_program.kinds import dtype_of
 from fastwm.row_program.program import Program
 
 __all__ = ["Executor"]
 
 # From so many rows on the products of one step are large enough, and values are not kept for several steps.
 _TALL = 128
-_DTYPES = {"bool": torch.bool, "int": torch.int64}
 
 
 class Executor:
@@ -78,7 +78,7 @@ class Executor:
         self._made: list[tuple[Any, str, tuple[int, ...], torch.dtype]] = []
         for name in encoded.outputs:
             type = program.type(program.outputs[name])
-            dtype = _DTYPES.get(kinds.get(name, type.kind), program.dtype)
+            dtype = dtype_of(kinds.get(name, type.kind), program.dtype)
             self._made.append((name, "output", type.shape, dtype))
         for name in encoded.finals:
             type = program.type(program.inputs[name].val)

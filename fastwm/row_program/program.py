@@ -27,13 +27,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastwm.row_program.kinds import KINDS, dtype_name
+
 __all__ = ["ROLES", "Input", "Instr", "Program", "ProgramError", "RowType", "Sum", "Val"]
 
 #: carry: changes from step to step by the program itself. step: given anew for each step (noise, actions,
 #: saved values, gradients of outputs). context: of the row, the same at every step. uniform: the same for
 #: every row and step (weights).
 ROLES = ("carry", "step", "context", "uniform")
-KINDS = ("float", "bool", "int")
 
 
 class ProgramError(ValueError):
@@ -188,7 +189,7 @@ class Program:
     # -- printing
 
     def __str__(self) -> str:
-        lines = [f"row program ({str(self.dtype).removeprefix('torch.')})"]
+        lines = [f"row program ({dtype_name(self.dtype)})"]
         for given in self.inputs.values():
             lines.append(
                 f"  {given.role:<7} {given.val} {_name(given.name)}: {self.type(given.val)}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastwm.row_program.kinds import kind_of
 from fastwm.row_program.lowering.errors import Misfit, NotLowerable, RowsMix
 from fastwm.row_program.lowering.layout import (
     Atom,
@@ -27,12 +28,6 @@ from fastwm.row_program.program import Arg, Program, Val
 __all__ = ["Builder"]
 
 Operand = Laid | float | int | bool
-
-
-def kind_of(dtype: torch.dtype) -> str:
-    if dtype is torch.bool:
-        return "bool"
-    return "float" if dtype.is_floating_point else "int"
 
 
 class Builder:

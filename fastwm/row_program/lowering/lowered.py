@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastwm.row_program.kinds import dtype_name
 from fastwm.row_program.lowering.draws import Draw
 from fastwm.row_program.lowering.errors import Misfit, NotLowerable, RowsMix
 from fastwm.row_program.lowering.layout import Fill, Fixed, Laid, describe
@@ -114,19 +115,15 @@ def _dtype(graph: StepGraph, asked: torch.dtype | None) -> torch.dtype:
     given = [d for d in (*inputs, *(t.dtype for _, t in graph.constants)) if d.is_floating_point]
     complex_ = [m.dtype for m in graph.metas.values() if m.dtype.is_complex]
     if complex_:
-        raise NotLowerable(f"{_short(complex_[0])} values")
+        raise NotLowerable(f"{dtype_name(complex_[0])} values")
     found = given[0] if given else asked or torch.get_default_dtype()
     for d in given:
         if d not in (torch.float32, torch.float64):
             where = "inputs" if d in inputs else "parameters"
-            raise NotLowerable(f"{_short(d)} {where}")
+            raise NotLowerable(f"{dtype_name(d)} {where}")
     if asked is not None and asked is not found:
-        raise NotLowerable(f"a step of {_short(found)} as a program of {_short(asked)}")
+        raise NotLowerable(f"a step of {dtype_name(found)} as a program of {dtype_name(asked)}")
     return found
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _lower(

@@ -8,16 +8,12 @@ from typing import Any
 
 import torch
 
+from fastwm.row_program.kinds import dtype_of
 from fastwm.step_graph import map_values
 
-__all__ = ["Leaf", "Nodes", "Uniform", "dtype_of"]
+__all__ = ["Leaf", "Nodes", "Uniform"]
 
 Tensor = torch.Tensor
-
-
-def dtype_of(kind: str, floats: torch.dtype) -> torch.dtype:
-    """How the executor takes tensors of a kind."""
-    return {"bool": torch.bool, "int": torch.int64}.get(kind, floats)
 
 
 @dataclass(frozen=True)

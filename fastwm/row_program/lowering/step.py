@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastwm.row_program.kinds import dtype_name, dtype_of, kind_of
 from fastwm.row_program.lowering import (  # noqa: F401  (registers the ops)
     draws,
     elementwise,
@@ -18,7 +19,7 @@ from fastwm.row_program.lowering import (  # noqa: F401  (registers the ops)
     products,
     reductions,
 )  # fmt: skip
-from fastwm.row_program.lowering.builder import Builder, Operand, kind_of
+from fastwm.row_program.lowering.builder import Builder, Operand
 from fastwm.row_program.lowering.draws import Draw, placements
 from fastwm.row_program.lowering.elementwise import ELEMENTWISE
 from fastwm.row_program.lowering.errors import NotLowerable, RowsMix
@@ -235,8 +236,7 @@ class StepLowering:
         allowed = (self.b.program.dtype, torch.bool, torch.int64, torch.int32)
         if dtype not in allowed and not (fixed and dtype.is_floating_point and dtype.itemsize > 2):
             raise NotLowerable(
-                f"{what} of dtype {str(dtype).removeprefix('torch.')} in a step of "
-                f"{str(self.b.program.dtype).removeprefix('torch.')}"
+                f"{what} of dtype {dtype_name(dtype)} in a step of {dtype_name(self.b.program.dtype)}"
             )
         return kind_of(dtype)
 
@@ -302,9 +302,7 @@ class StepLowering:
 
         def full(tree: Any) -> Any:
             if isinstance(tree, Laid):
-                dtype = {"float": self.b.program.dtype, "int": torch.int64, "bool": torch.bool}
-                assert isinstance(tree.ref, Fill)
-                return torch.full(tree.shape, tree.ref.value, dtype=dtype[tree.kind])
+                return self._full(tree.shape, tree)
             if isinstance(tree, (list, tuple)) and not isinstance(tree, torch.Size):
                 return type(tree)(full(i) for i in tree)
             return "cpu" if isinstance(tree, torch.device) else tree
@@ -360,12 +358,16 @@ class StepLowering:
                 out.append(self.b.node(number, size, kind, frozen))
         return out
 
+    def _full(self, shape: tuple[int, ...], number: Laid) -> torch.Tensor:
+        assert isinstance(number.ref, Fill)
+        return torch.full(
+            shape, number.ref.value, dtype=dtype_of(number.kind, self.b.program.dtype)
+        )
+
     def _leaves(self, tree: Any) -> Any:
         if isinstance(tree, Laid):
             if isinstance(tree.ref, Fill):
-                dtype = {"float": self.b.program.dtype, "int": torch.int64, "bool": torch.bool}
-                one = torch.full((1,) * len(tree.dims), tree.ref.value, dtype=dtype[tree.kind])
-                return Leaf(self.b.nodes.literal(one))
+                return Leaf(self.b.nodes.literal(self._full((1,) * len(tree.dims), tree)))
             return self.b.leaf(tree, full=False)
         if isinstance(tree, (list, tuple)) and not isinstance(tree, torch.Size):
             return [self._leaves(i) for i in tree]
@@ -423,8 +425,9 @@ class StepLowering:
         """Noise of another dtype: drawn, for what is drawn after it, but not to be read."""
         (v,) = c.op.outputs
         assert v is not None
-        what = f"noise of dtype {str(meta.dtype).removeprefix('torch.')} in a step of "
-        self.stale[v.index] = what + str(self.b.program.dtype).removeprefix("torch.")
+        self.stale[v.index] = (
+            f"noise of dtype {dtype_name(meta.dtype)} in a step of {dtype_name(self.b.program.dtype)}"
+        )
         self.unread.add(v.index)
         shape = tuple(meta.shape)
         self.draws.append(Draw(None, shape, meta.dtype, False, shape, make, lambda noise: noise))

@@ -1,0 +1,26 @@
+"""Kinds of elements (``"float"``, ``"bool"``, ``"int"``) and the dtypes of the tensors that hold them."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["KINDS", "dtype_name", "dtype_of", "kind_of"]
+
+KINDS = ("float", "bool", "int")
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """The kind of a tensor's elements."""
+    if dtype is torch.bool:
+        return "bool"
+    return "float" if dtype.is_floating_point else "int"
+
+
+def dtype_of(kind: str, floats: torch.dtype) -> torch.dtype:
+    """How the executor takes and gives tensors of a kind, in a program of such floats."""
+    return {"bool": torch.bool, "int": torch.int64}.get(kind, floats)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
