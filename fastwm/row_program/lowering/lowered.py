@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,11 +90,6 @@ def lower(
             return _lower(step, graph, carried, fed, optimised)
         except Misfit as mix:
             error = error or mix
-            if not step.options:
-                break
-            first.options = (
-                step.options if len(step.options) > len(first.options) else first.options
-            )
     assert error is not None
     raise error
 
@@ -101,13 +97,9 @@ def lower(
 def _choices(first: StepLowering) -> Iterable[tuple[int, ...]]:
     """Which placement for which draw: first the likeliest, then the others."""
     yield ()
-    # How many there are is known once the first try has run.
-    ranges = [range(n) for n in first.options]
-    for n, choices in enumerate(itertools.product(*ranges)):
-        if n >= _TRIES:
-            return
-        if any(choices):
-            yield choices
+    # How many there are is known once the first try has run: that was the first of these.
+    combinations = itertools.product(*map(range, first.options))
+    yield from itertools.islice(combinations, 1, _TRIES)
 
 
 def _dtype(graph: StepGraph, asked: torch.dtype | None) -> torch.dtype:
@@ -175,10 +167,7 @@ def _lower(
 
 
 def _rows(step: StepLowering) -> int:
-    out = 1
-    for atom in step.b.batch:
-        out *= 1 if atom is None else atom.size
-    return out
+    return math.prod(atom.size for atom in step.b.batch if atom is not None)
 
 
 def _refuse_batch(step: StepLowering, graph: StepGraph) -> None:
