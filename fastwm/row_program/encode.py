@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastwm.row_program.ops import BINARY, UNARY, UNARY_GRAD
+from fastwm.row_program.ops import BINARY, PRODUCTS, SUMS, UNARY, UNARY_GRAD
 from fastwm.row_program.program import Instr, Program, ProgramError, Val
 from fastwm.row_program.sections import Sections, sections
 
@@ -306,9 +306,9 @@ class _Encoder:
         if op in ("layer_norm", "layer_norm_grad"):
             at = 0 if op == "layer_norm" else 1
             return plain(op, [*groups(at), self.immediate(attrs["eps"])])
-        if op in ("linear", "grouped_linear", "member_linear"):
+        if op in PRODUCTS:
             return self._product(instr, out, first)
-        if op in ("outer", "grouped_outer", "member_outer", "row_sum", "member_row_sum"):
+        if op in SUMS:
             return self._sum(instr, types)
         if op == "index":
             return self._index(instr, out)
@@ -420,7 +420,7 @@ class _Encoder:
         program = self.program
         self._check()
         for instr in program.instrs:  # numbered alike whatever the order of execution
-            if instr.op in ("linear", "grouped_linear", "member_linear"):
+            if instr.op in PRODUCTS:
                 weight = instr.args[1]
                 assert isinstance(weight, Val)
                 count = 0 if instr.op == "linear" else program.type(weight).shape[0]

@@ -53,7 +53,9 @@ from torch.nn import functional as F
 
 from fastwm.row_program.program import Arg, Program, ProgramError, RowType, Val
 
-__all__ = ["BINARY", "REFERENCES", "UNARY", "UNARY_GRAD", "result_type"]
+__all__ = [
+    "BINARY", "MOVEMENT", "PRODUCTS", "REDUCE", "REFERENCES", "SUMS", "UNARY", "UNARY_GRAD", "result_type",
+]  # fmt: skip
 
 Tensor = torch.Tensor
 
@@ -185,7 +187,7 @@ BINARY: dict[str, Callable[..., Tensor]] = {
     "xor": _float(_tensors(torch.logical_xor)),
 }
 _COMPARE = {"gt", "ge", "lt", "le", "eq", "ne", "and", "or", "xor"}
-_REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
+REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda x: x.sum(-1),
     "mean": lambda x: x.mean(-1),
     "max": lambda x: x.amax(-1),
@@ -194,7 +196,12 @@ _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
     "argmax": lambda x: x.argmax(-1).to(x.dtype),
     "argmin": lambda x: x.argmin(-1).to(x.dtype),
 }
-_SUMS = {"outer", "grouped_outer", "member_outer", "row_sum", "member_row_sum"}
+#: Matrices times rows.
+PRODUCTS = {"linear", "grouped_linear", "member_linear"}
+#: Those that only add to one of the program's sums.
+SUMS = {"outer", "grouped_outer", "member_outer", "row_sum", "member_row_sum"}
+#: Those that only move numbers, and cost little wherever they run.
+MOVEMENT = {"reshape", "index", "concat", "cast", "fill", "row"}
 
 
 # ------------------------------------------------------------------ types
@@ -329,7 +336,7 @@ def result_type(
         types = [row(i) for i in range(len(args))]
         kinds = {t.kind for t in types}
         return RowType((sum(t.width for t in types),), kinds.pop() if len(kinds) == 1 else "float")
-    if op in _REDUCE:
+    if op in REDUCE:
         count(1)
         lead = last(row(0).shape)
         if row(0).shape[-1] == 0:
@@ -395,7 +402,7 @@ def result_type(
         n = matrix(w, (members,), x.shape[-1])
         uniform_or_none(2, (members, n))
         return RowType((n,))
-    if op in _SUMS:
+    if op in SUMS:
         target = program.sums.get(attrs.get("target"))
         if target is None:
             raise fail("no such sum; declare it with add_sum")
@@ -526,7 +533,7 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     **{name: fn for name, (fn, _) in UNARY.items()},
     **{name: fn for name, (fn, _) in UNARY_GRAD.items()},
     **BINARY,
-    **_REDUCE,
+    **REDUCE,
     "where": lambda c, a, b: torch.where(c != 0, a, b),
     # One row; the interpreter spreads it over all.
     "fill": lambda value, shape, kind: torch.full((1, *shape), float(value), dtype=torch.float64),

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from fastwm.row_program.ops import MOVEMENT
 from fastwm.row_program.program import Instr, Program, Val
 
 __all__ = ["Sections", "sections"]
 
-#: Ops that only move numbers: they may run in another section if fewer numbers cross then.
-_MOVEMENT = {"reshape", "index", "concat", "cast", "fill", "row"}
 _AHEAD, _LOOP, _AFTER = range(3)
 
 
@@ -120,11 +119,11 @@ class _Split:
         return sum(self.program.types[i].width for i in set(indices) if self._crosses(i))
 
     def sink(self) -> bool:
-        """Move movements to the one later section that uses their results, where fewer numbers cross."""
+        """Move what only moves numbers to the one later section that uses its result, where fewer cross."""
         moved = False
         for position in reversed(range(len(self.program.instrs))):
             instr = self.program.instrs[position]
-            if instr.op not in _MOVEMENT or instr.out is None or not self._crosses(instr.out.index):
+            if instr.op not in MOVEMENT or instr.out is None or not self._crosses(instr.out.index):
                 continue
             homes = {self.section[n] for n in self.users.get(instr.out.index, ())}
             if any(v == instr.out for v in self.program.carries.values()):
@@ -168,4 +167,4 @@ class _Split:
 
     def _movable(self, position: int) -> bool:
         instr = self.program.instrs[position]
-        return instr.op in _MOVEMENT and all(self._home(v.index) < _AFTER for v in instr.values())
+        return instr.op in MOVEMENT and all(self._home(v.index) < _AFTER for v in instr.values())

@@ -11,11 +11,10 @@ import torch
 from fastwm.row_program.gradient.activity import active_values, next_value
 from fastwm.row_program.gradient.rules import RULES, ZERO
 from fastwm.row_program.gradient.tape import choose
+from fastwm.row_program.ops import PRODUCTS
 from fastwm.row_program.program import Arg, Instr, Program, ProgramError, RowType, Val
 
 __all__ = ["Gradient", "Source", "differentiate"]
-
-_LINEAR = {"linear", "grouped_linear", "member_linear"}
 
 
 class Source(NamedTuple):
@@ -187,7 +186,7 @@ def _split_activations(program: Program) -> tuple[Program, dict[int, Instr]]:
     plain = replace(program, instrs=[], outputs=dict(program.outputs), types=dict(program.types))
     fused: dict[int, Instr] = {}
     for instr in program.instrs:
-        act = instr.attrs.get("act") if instr.op in _LINEAR else None
+        act = instr.attrs.get("act") if instr.op in PRODUCTS else None
         if act is None:
             plain.instrs.append(instr)
             continue

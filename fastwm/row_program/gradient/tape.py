@@ -11,6 +11,7 @@ import heapq
 import math
 from collections.abc import Iterable, Set
 
+from fastwm.row_program.ops import MOVEMENT, PRODUCTS
 from fastwm.row_program.program import Instr, Program, Val
 
 __all__ = ["WORTH", "choose", "cost", "recomputed"]
@@ -18,7 +19,6 @@ __all__ = ["WORTH", "choose", "cost", "recomputed"]
 #: Multiply-adds that saving one float must spare, where the budget is not the limit.
 WORTH = 16.0
 
-_MOVEMENT = {"reshape", "index", "concat", "cast", "fill", "row"}
 _DEAR = {
     **dict.fromkeys(("softmax", "log_softmax", "logsumexp"), 20.0),
     **dict.fromkeys(("exp", "log", "log1p", "expm1", "sin", "cos", "erf", "tanh"), 12.0),
@@ -41,7 +41,7 @@ def cost(program: Program, instr: Instr) -> float:
         32.0
     """
     width = max((program.type(v).width for v in (*instr.values(), instr.out) if v), default=0)
-    if instr.op in ("linear", "grouped_linear", "member_linear"):
+    if instr.op in PRODUCTS:
         assert instr.out is not None
         assert isinstance(instr.args[0], Val)
         return float(program.type(instr.out).width * program.type(instr.args[0]).shape[-1])
@@ -82,7 +82,7 @@ def _all(program: Program, needs: Set[int], at_hand: Set[int]) -> set[int]:
     for instr in program.instrs:
         if instr.out is None or instr.out.index not in needs or instr.out.index in have:
             continue
-        if instr.op not in _MOVEMENT or any(v.index not in have for v in instr.values()):
+        if instr.op not in MOVEMENT or any(v.index not in have for v in instr.values()):
             saved.add(instr.out.index)
         have.add(instr.out.index)
     return saved
@@ -103,7 +103,7 @@ def _best(program: Program, needs: Set[int], at_hand: Set[int], budget: float) -
     queue = [
         (-math.inf, i.out.index)
         for i in recomputed(program, needs, at_hand)
-        if i.out is not None and i.op not in _MOVEMENT
+        if i.out is not None and i.op not in MOVEMENT
     ]
     while queue:
         _, index = heapq.heappop(queue)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastwm.row_program.ops import BINARY, UNARY
+from fastwm.row_program.ops import BINARY, REDUCE, UNARY
 from fastwm.row_program.passes.dce import dce
 from fastwm.row_program.passes.rewrite import copied, definitions, substituted
 from fastwm.row_program.program import Arg, Instr, Program, Val
@@ -18,7 +18,6 @@ from fastwm.row_program.program import Arg, Instr, Program, Val
 __all__ = ["choose_early"]
 
 _ALONG = {"softmax", "log_softmax", "layer_norm"}
-_REDUCE = {"sum", "mean", "max", "min", "argmax", "argmin", "logsumexp"}
 
 
 def choose_early(program: Program) -> Program:
@@ -125,7 +124,7 @@ class _Early:
             return self.concat(instr, positions, i)
         if op in _ALONG:
             return self.along(instr, positions, i)
-        if op in _REDUCE:
+        if op in REDUCE:
             assert isinstance(x, Val)
             n = self.program.type(x).shape[-1]
             inside = positions.unsqueeze(-1) * n + torch.arange(n)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fastwm.row_program.ops import UNARY
+from fastwm.row_program.ops import PRODUCTS, UNARY
 from fastwm.row_program.passes.rewrite import copied, uses
 from fastwm.row_program.program import Program, Val
 
 __all__ = ["fuse_act"]
 
-_LINEAR = ("linear", "grouped_linear", "member_linear")
 _NOT = {"detach", "not", "isnan", "isfinite"}  # no functions to float, or none of forward alone
 
 
@@ -40,7 +39,7 @@ def fuse_act(program: Program) -> Program:
         if at is None or counts[x.index] != 1:
             continue
         before = program.instrs[at]
-        if before.op not in _LINEAR or before.attrs.get("act") is not None:
+        if before.op not in PRODUCTS or before.attrs.get("act") is not None:
             continue
         attrs = {**before.attrs, "act": instr.op}
         if instr.attrs:
