@@ -12,6 +12,8 @@ from fastwm.row_program.gradient.activity import active_values, next_value
 from fastwm.row_program.gradient.rules import RULES, ZERO
 from fastwm.row_program.gradient.tape import choose
 from fastwm.row_program.ops import PRODUCTS
+from fastwm.row_program.passes.dce import dce
+from fastwm.row_program.passes.rewrite import with_args
 from fastwm.row_program.program import Arg, Instr, Program, ProgramError, RowType, Val
 
 __all__ = ["Gradient", "Source", "differentiate"]
@@ -399,7 +401,7 @@ class Adjoint:
 
     def needs(self, at_hand: Collection[int]) -> set[int]:
         """Drop what nobody uses, settle the choices, and say which forward values are needed."""
-        self._drop_unused()
+        self.scratch = dce(self.scratch)
         uses = {v.index for i in self.scratch.instrs for v in i.values()}
         needs = {i for i in uses if i < self._first}
         chosen: dict[Val, Val] = {}
@@ -408,23 +410,10 @@ class Adjoint:
                 there = [v for v in options if v.index in needs or v.index in at_hand]
                 chosen[Val(choice)] = (there or options)[0]
                 needs.add(chosen[Val(choice)].index)
-        self.scratch.instrs = [_with(i, chosen) for i in self.scratch.instrs]
+        self.scratch.instrs = [
+            with_args(i, lambda v: chosen.get(v, v)) for i in self.scratch.instrs
+        ]
         return needs
-
-    def _drop_unused(self) -> None:
-        wanted = {v.index for v in self.scratch.roots()}
-        kept = []
-        for instr in reversed(self.scratch.instrs):
-            if instr.out is None or instr.out.index in wanted:
-                kept.append(instr)
-                wanted |= {v.index for v in instr.values()}
-        self.scratch.instrs = kept[::-1]
-
-
-def _with(instr: Instr, new: Mapping[Val, Val]) -> Instr:
-    """An instruction with some of its operands exchanged."""
-    args = tuple(new.get(a, a) if isinstance(a, Val) else a for a in instr.args)
-    return Instr(instr.op, args, instr.attrs, instr.out)
 
 
 # ------------------------------------------------------------------ the two programs
@@ -501,7 +490,7 @@ class _Tape:
         for total in scratch.sums.values():
             program.add_sum(total.name, total.shape)
         for instr in (*_fuse_again(self.again, self.fused, self.needs), *scratch.instrs):
-            moved = _with(instr, new)
+            moved = with_args(instr, lambda v: new.get(v, v))
             out = program.emit(moved.op, *moved.args, **moved.attrs)
             if instr.out is not None:
                 new[instr.out] = out

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fastwm.row_program.program import Arg, Instr, Program, Val
 
-__all__ = ["copied", "definitions", "renumbered", "substituted", "uses"]
+__all__ = ["copied", "definitions", "renumbered", "substituted", "uses", "with_args"]
 
 
 def copied(program: Program) -> Program:
