@@ -11,6 +11,7 @@ import torch
 from fastwm.row_program import Program
 from fastwm.row_program.gradient import Gradient, differentiate
 from fastwm.row_program.reference import interpret
+from tests.row_program.backward_inputs import gather
 
 
 def check(
@@ -57,7 +58,7 @@ def check(
             torch.testing.assert_close(forward.outputs[name], result.outputs[name].detach())
         backward = interpret(
             gradient.backward,
-            gradient.gather(inputs, forward.outputs, given, given_finals),
+            gather(gradient, inputs, forward.outputs, given, given_finals),
             steps,
             reverse=True,
         )

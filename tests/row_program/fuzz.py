@@ -22,6 +22,7 @@ from fastwm.row_program import Program
 from fastwm.row_program.gradient import differentiate
 from fastwm.row_program.program import Val
 from fastwm.row_program.reference import interpret
+from tests.row_program.backward_inputs import gather
 from tests.row_program.executing import ISAS, assert_near, assert_ran, execute, threads
 from tests.row_program.random_programs import random_program
 
@@ -89,9 +90,9 @@ def check_gradient(
     for dtype, rtol, atol in ((torch.float64, 1e-9, 1e-11), (torch.float32, 5e-3, 1e-3)):
         forward, backward = (replace(p, dtype=dtype) for p in (gradient.forward, gradient.backward))
         ahead = execute(forward, inputs, rows, steps, isa=isa)
-        gathered = replace(gradient, forward=forward, backward=backward).gather(
-            inputs, ahead.outputs, {n: given["output", n] for n in grads},
-            {n: given["final", n] for n in final_grads},
+        gathered = gather(
+            replace(gradient, forward=forward, backward=backward), inputs, ahead.outputs,
+            {n: given["output", n] for n in grads}, {n: given["final", n] for n in final_grads},
         )  # fmt: skip
         back = execute(backward, gathered, rows, steps, reverse=True, isa=isa)
         for name in wrt:

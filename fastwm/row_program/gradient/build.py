@@ -6,8 +6,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import torch
-
 from fastwm.row_program.gradient.activity import active_values, next_value
 from fastwm.row_program.gradient.rules import RULES, ZERO
 from fastwm.row_program.gradient.tape import choose
@@ -70,40 +68,6 @@ class Gradient:
         """By name, of the values that are saved in outputs of their own."""
         given = self.backward.inputs
         return {n: self.backward.type(i.val) for n, i in given.items() if n[:1] == ("tape",)}
-
-    def gather(
-        self,
-        inputs: Mapping[Any, torch.Tensor],
-        outputs: Mapping[Any, torch.Tensor],
-        output_grads: Mapping[Any, torch.Tensor],
-        final_grads: Mapping[Any, torch.Tensor] | None = None,
-        *,
-        rows: int | None = None,
-    ) -> dict[Any, torch.Tensor]:
-        """The backward program's inputs, from a forward run's inputs and outputs and the gradients.
-
-        Args:
-            rows: how many there are; by default the inputs' first dim says so.
-        """
-        found: dict[Any, torch.Tensor] = {}
-        if rows is None:
-            rows = next(
-                (len(inputs[n]) for n, i in self.forward.inputs.items() if i.role != "uniform"), 1
-            )
-        for name, item in self.backward.inputs.items():
-            if name in self.saved:
-                source = self.saved[name]
-                found[name] = (inputs if source.kind == "input" else outputs)[source.name]
-            elif item.role in ("context", "uniform"):
-                found[name] = inputs[name]
-            elif item.role == "step":
-                found[name] = output_grads[name[1]]
-            else:
-                start = (final_grads or {}).get(name[1])
-                shape = self.backward.type(item.val).shape
-                zero = torch.zeros(rows, *shape, dtype=self.backward.dtype)
-                found[name] = zero if start is None else start
-        return found
 
 
 def differentiate(
