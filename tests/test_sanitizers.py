@@ -23,7 +23,9 @@ import torch
 from fastwm.row_program import Program
 from fastwm.row_program.encode import encode
 from fastwm.row_program.gradient import differentiate
+from fastwm.row_program.kinds import KINDS, dtype_of
 from fastwm.row_program.reference import interpret
+from tests.row_program.backward_inputs import gather
 from tests.row_program.random_programs import random_program
 from tests.row_program.test_executor import CASES, Build
 
@@ -109,11 +111,10 @@ def dump(
     """One case, with the interpreter's results."""
     encoded = encode(program, stepwise=stepwise)
     dtype = program.dtype
-    kinds = {"bool": torch.bool, "int": torch.int64}
     given = []
     for n in encoded.inputs:
         kind = program.type(program.inputs[n].val).kind
-        given.append(inputs[n].to(kinds.get(kind, dtype)))
+        given.append(inputs[n].to(dtype_of(kind, dtype)))
     rounded = dict(inputs)
     if bf16:
         for n, item in program.inputs.items():
@@ -125,9 +126,7 @@ def dump(
     results = []
     for n in encoded.outputs:
         kind = program.type(program.outputs[n]).kind
-        results.append(
-            ({"float": 0, "bool": 1, "int": 2}[kind], want.outputs[n].to(kinds.get(kind, dtype)))
-        )
+        results.append((KINDS.index(kind), want.outputs[n].to(dtype_of(kind, dtype))))
     results += [(0, want.finals[n].to(dtype)) for n in encoded.finals]
     results += [(0, want.sums[n].to(dtype)) for n in encoded.sums]
     found = _block(name.encode())
@@ -175,7 +174,7 @@ def at_random() -> Iterator[bytes]:
         with torch.no_grad():
             outputs = interpret(gradient.forward, inputs, steps).outputs
         given = {n: torch.randn(outputs[n].shape, dtype=program.dtype) for n in grads}
-        backward = gradient.gather(inputs, outputs, given)
+        backward = gather(gradient, inputs, outputs, given)
         yield dump(
             f"random {seed}, backward", gradient.backward, backward, rows, steps, reverse=True, **how
         )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastwm.row_program.kinds import KINDS
 from fastwm.row_program.ops import BINARY, PRODUCTS, SUMS, UNARY, UNARY_GRAD
 from fastwm.row_program.program import Instr, Program, ProgramError, Val
 from fastwm.row_program.sections import Sections, sections
@@ -47,7 +48,6 @@ _CODES = [
     "fill", "load", "store", "check", "copy_rows",
 ]  # fmt: skip
 _ROLES = {"carry": 0, "step": 1, "context": 2}
-_KINDS = {"float": 0, "bool": 1, "int": 2}
 _AHEAD, _LOOP, _AFTER = range(3)
 
 
@@ -231,7 +231,7 @@ class _Encoder:
         key = (name, rows, columns)
         if key not in self.vectors:
             offset = self.uniform_elements
-            self.vectors[key] = [0, rows, columns, offset, _KINDS[type.kind]]
+            self.vectors[key] = [0, rows, columns, offset, KINDS.index(type.kind)]
             self.uniform_elements += rows * _padded(columns)
         return _Place("uniform", self.vectors[key][3], 0, columns)
 
@@ -589,13 +589,13 @@ class _Encoder:
             if given.role == "carry":  # where it persists, not where it is stacked
                 place = self.persist[given.val.index]
             words += [
-                _ROLES[given.role], _KINDS[type.kind], type.width, int(given.name in self.time_major),
+                _ROLES[given.role], KINDS.index(type.kind), type.width, int(given.name in self.time_major),
                 *place.words(), at[given.name],
             ]  # fmt: skip
         outputs, finals, sums = list(program.outputs), list(program.finals), list(program.sums)
         for number, name in enumerate(outputs):
             type = program.type(program.outputs[name])
-            words += [_KINDS[self.kinds.get(name, type.kind)], type.width, number]
+            words += [KINDS.index(self.kinds.get(name, type.kind)), type.width, number]
         for number, name in enumerate(finals):
             words += [*self.persist[program.inputs[name].val.index].words(), len(outputs) + number]
         for (name, _, _), vector in self.vectors.items():

@@ -6,6 +6,7 @@ import torch
 
 __all__ = ["KINDS", "dtype_name", "dtype_of", "kind_of"]
 
+#: In the order of the enumeration in csrc/row_code.h.
 KINDS = ("float", "bool", "int")
 
 

@@ -14,13 +14,12 @@ import torch
 from fastwm.ops.library import cpu_isa, cpu_library
 from fastwm.row_program import Program
 from fastwm.row_program.executor import Executor
+from fastwm.row_program.kinds import dtype_of
 from fastwm.row_program.reference import Result, interpret
 
 #: Instruction sets that this machine has: 0 portable, 1 AVX2, 2 AVX-512.
 ISAS = range(1 + ("portable", "avx2", "avx512").index(cpu_isa() or "portable"))
 WHY_NOT = "" if cpu_library().loaded else cpu_library().reason
-
-_KINDS = {"bool": torch.bool, "int": torch.int64}
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Ran:
 def given_as(program: Program, inputs: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
     """Inputs in the dtypes that the executor asks for."""
     return {
-        n: inputs[n].to(_KINDS.get(program.type(i.val).kind, program.dtype)).contiguous()
+        n: inputs[n].to(dtype_of(program.type(i.val).kind, program.dtype)).contiguous()
         for n, i in program.inputs.items()
     }
 
