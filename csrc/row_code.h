@@ -12,7 +12,7 @@ enum class Space : int64_t { kNone, kChunk, kLoop, kBatch, kPersist, kUniform, k
 enum class Code : int64_t {
   kUnary, kUnaryGrad, kBinary, kWhere, kReduce, kSoftmax, kSoftmaxGrad, kLayerNorm, kLayerNormGrad, kLinear,
   kGroupedLinear, kMemberLinear, kOuter, kGroupedOuter, kMemberOuter, kRowSum, kMemberRowSum, kSlice, kIndex,
-  kIndexAdd, kConcat, kOneHot, kTake, kPut, kSpread, kFill, kLoad, kStore, kCheck, kCopyRows,
+  kIndexAdd, kConcat, kOneHot, kTake, kPut, kFill, kLoad, kStore, kCheck,
 };
 
 struct Place {
@@ -76,7 +76,7 @@ struct SumEntry {
 };
 
 struct Header {
-  int64_t version, inputs, outputs, finals, vectors, matrices, sums, checks;
+  int64_t version, inputs, outputs, finals, vectors, matrices, sums;
   int64_t chunk, loop, batch, persist; // elements per row
   int64_t scratch; // elements per row of room within one instruction
   int64_t uniforms, sum_elements, packed_elements;
@@ -84,7 +84,7 @@ struct Header {
   int64_t row_bytes; // what one row works on in a step, for choosing the height of a tile
 };
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 
 struct Program {
   const Header* header;

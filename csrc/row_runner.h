@@ -123,6 +123,24 @@ struct Shared { // what all tiles read
   Team* team; // for few rows: threads that share the columns of a product
 };
 
+// Elements of a tensor from `first` on, of any kind, as the program's floats.
+template <typename T>
+void elements(Kind kind, const void* data, int64_t first, int64_t count, T* to) {
+  if (kind == Kind::kFloat) {
+    std::memcpy(to, static_cast<const T*>(data) + first, count * sizeof(T));
+  } else if (kind == Kind::kBool) {
+    const auto* from = static_cast<const uint8_t*>(data) + first;
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = T(from[i] != 0);
+    }
+  } else {
+    const auto* from = static_cast<const int64_t*>(data) + first;
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = T(from[i]);
+    }
+  }
+}
+
 template <typename T>
 class Tile {
  public:
@@ -228,20 +246,7 @@ class Tile {
     const int64_t index = in.role != Role::kStep ? row
         : in.time_major                         ? step * s_.rows + row
                                                 : row * s_.steps + step;
-    const void* data = s_.inputs[in.tensor];
-    if (in.kind == Kind::kFloat) {
-      std::memcpy(to, static_cast<const T*>(data) + index * in.width, in.width * sizeof(T));
-    } else if (in.kind == Kind::kBool) {
-      const auto* from = static_cast<const uint8_t*>(data) + index * in.width;
-      for (int64_t i = 0; i < in.width; ++i) {
-        to[i] = T(from[i] != 0);
-      }
-    } else {
-      const auto* from = static_cast<const int64_t*>(data) + index * in.width;
-      for (int64_t i = 0; i < in.width; ++i) {
-        to[i] = T(from[i]);
-      }
-    }
+    elements(in.kind, s_.inputs[in.tensor], index * in.width, in.width, to);
   }
 
   void write(const OutputEntry& out, int64_t row, int64_t step, const T* from) const {
@@ -528,7 +533,7 @@ class Tile {
       case Code::kMemberOuter: return member_outer(instr);
       case Code::kRowSum:
       case Code::kMemberRowSum: return row_sum(instr);
-      case Code::kSlice: {
+      case Code::kSlice: { // of a row value, or a uniform as one
         const Place& x = instr.operand(0);
         copy_rows(rows_, out.width, at(x) + instr.attribute(0), x.ld, at(out), out.ld);
         return;
@@ -602,17 +607,10 @@ class Tile {
         }
         return;
       }
-      case Code::kSpread: { // a uniform as a row value
-        copy_rows(rows_, out.width, at(instr.operand(0)), 0, at(out), out.ld);
-        return;
-      }
-      case Code::kFill: { // numbers: immediates from attribute 0 on; or one for all
-        const int64_t from = instr.attribute(0);
-        const bool all = instr.attribute(1) != 0;
+      case Code::kFill: {
+        const T value = T(s_.immediates[instr.attribute(0)]);
         for (int64_t r = 0; r < rows_; ++r) {
-          for (int64_t i = 0; i < out.width; ++i) {
-            at(out)[r * out.ld + i] = T(s_.immediates[from + (all ? 0 : i)]);
-          }
+          std::fill_n(at(out) + r * out.ld, out.width, value);
         }
         return;
       }
@@ -643,11 +641,6 @@ class Tile {
         }
         return;
       }
-      case Code::kCopyRows: {
-        const Place& x = instr.operand(0);
-        copy_rows(rows_, x.width, at(x), x.ld, at(out), out.ld);
-        return;
-      }
     }
   }
 
@@ -667,12 +660,7 @@ void stage(const Program& program, const std::vector<const void*>& inputs, T* to
     const int64_t ld = padded(v.columns);
     for (int64_t r = 0; r < v.rows; ++r) {
       T* row = to + v.offset + r * ld;
-      for (int64_t c = 0; c < v.columns; ++c) {
-        const int64_t from = r * v.columns + c;
-        row[c] = v.kind == Kind::kFloat ? static_cast<const T*>(inputs[v.tensor])[from]
-            : v.kind == Kind::kBool     ? T(static_cast<const uint8_t*>(inputs[v.tensor])[from] != 0)
-                                        : T(static_cast<const int64_t*>(inputs[v.tensor])[from]);
-      }
+      elements(v.kind, inputs[v.tensor], r * v.columns, v.columns, row);
       std::memset(row + v.columns, 0, (ld - v.columns) * sizeof(T));
     }
   }

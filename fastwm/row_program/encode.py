@@ -21,7 +21,7 @@ from fastwm.row_program.sections import Sections, sections
 
 __all__ = ["Encoded", "encode"]
 
-_VERSION = 1
+_VERSION = 2
 _PAD = 16
 # In the order of the enumerations in csrc/row_kernels.h.
 _UNARY = [
@@ -44,8 +44,8 @@ _SPACES = ["none", "chunk", "loop", "batch", "persist", "uniform", "immediate"]
 _CODES = [
     "unary", "unary_grad", "binary", "where", "reduce", "softmax", "softmax_grad", "layer_norm",
     "layer_norm_grad", "linear", "grouped_linear", "member_linear", "outer", "grouped_outer", "member_outer",
-    "row_sum", "member_row_sum", "slice", "index", "index_add", "concat", "one_hot", "take", "put", "spread",
-    "fill", "load", "store", "check", "copy_rows",
+    "row_sum", "member_row_sum", "slice", "index", "index_add", "concat", "one_hot", "take", "put", "fill",
+    "load", "store", "check",
 ]  # fmt: skip
 _ROLES = {"carry": 0, "step": 1, "context": 2}
 _AHEAD, _LOOP, _AFTER = range(3)
@@ -168,6 +168,10 @@ class _Line:
 
     def reads(self) -> set[int]:
         return {o for o in self.operands if isinstance(o, int)}
+
+
+def _copy(source: int | _Place, *, out: int | None = None, to: _Place | None = None) -> _Line:
+    return _Line("slice", 0, out, [source], [0], to=to)
 
 
 class _Encoder:
@@ -323,9 +327,9 @@ class _Encoder:
         if op == "put":
             return plain("put", [math.prod(first.shape[:-1]), attrs["m"], first.shape[-1]])  # type: ignore[union-attr]
         if op == "row":
-            return plain("spread", [])
+            return plain("slice", [0])
         if op == "fill":
-            return _Line("fill", 0, out, [], [self.immediate(attrs["value"]), 1])
+            return _Line("fill", 0, out, [], [self.immediate(attrs["value"])])
         raise ProgramError(f"the executor has no {op!r}")
 
     def _same(self, instr: Instr) -> bool:
@@ -488,9 +492,7 @@ class _Encoder:
         last: list[_Line] = []
         for index in carries:
             if index in self.stacked:
-                first.append(
-                    _Line("copy_rows", 0, None, [self.places[index]], [], to=self.stacked[index])
-                )
+                first.append(_copy(self.places[index], to=self.stacked[index]))
         stores: dict[int, list[_Line]] = {}
         for number, val in enumerate(program.outputs.values()):
             stores.setdefault(self.root(val), []).append(
@@ -509,9 +511,9 @@ class _Encoder:
                 continue
             source: int | _Place = index
             if index in carries:  # another carry's old value: kept until all have moved
-                first.append(_Line("copy_rows", 0, fresh, [self.places[index]], []))
+                first.append(_copy(self.places[index], out=fresh))
                 source, fresh = fresh, fresh - 1
-            last.append(_Line("copy_rows", 0, None, [source], [], to=self.places[carry]))
+            last.append(_copy(source, to=self.places[carry]))
 
         def with_stores(body: list[_Line]) -> list[_Line]:
             found: list[_Line] = []
@@ -615,7 +617,7 @@ class _Encoder:
         item = 8 if program.dtype is torch.float64 else 4
         header = [
             _VERSION, len(rows_in), len(outputs), len(finals), len(self.vectors), len(self.matrices),
-            len(sums), len(program.checks), chunk, sizes[1], batch, persist, self.scratch,
+            len(sums), chunk, sizes[1], batch, persist, self.scratch,
             self.uniform_elements, offset, self.packed, *map(len, bodies),
             item * (chunk + sizes[1] + batch + persist + self.scratch),
         ]  # fmt: skip
