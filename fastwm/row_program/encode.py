@@ -17,7 +17,7 @@ import torch
 from fastwm.row_program.kinds import KINDS
 from fastwm.row_program.ops import BINARY, PRODUCTS, SUMS, UNARY, UNARY_GRAD
 from fastwm.row_program.program import Instr, Program, ProgramError, Val
-from fastwm.row_program.sections import Sections, sections
+from fastwm.row_program.sections import one_section, sections
 
 __all__ = ["Encoded", "encode"]
 
@@ -187,8 +187,7 @@ class _Encoder:
         self.map_at: dict[tuple[int, ...], int] = {}
         self.vectors: dict[tuple[Any, int, int], list[int]] = {}
         self.uniform_elements = 0
-        self.matrices: dict[tuple[Any, str, int], list[int]] = {}
-        self.matrix_count: dict[int, int] = {}
+        self.matrices: dict[tuple[Any, str], list[int]] = {}
         self.packed = 0
         self.scratch = _PAD
         self.names = {i.val.index: n for n, i in program.inputs.items()}
@@ -207,10 +206,7 @@ class _Encoder:
         return index
 
     def width(self, index: int) -> int:
-        width = self.program.types[index].width
-        if width == 0:
-            raise ProgramError("a value of no elements")
-        return width
+        return self.program.types[index].width
 
     def immediate(self, value: float) -> int:
         self.immediates.append(float(value))
@@ -235,18 +231,18 @@ class _Encoder:
         key = (name, rows, columns)
         if key not in self.vectors:
             offset = self.uniform_elements
-            self.vectors[key] = [0, rows, columns, offset, KINDS.index(type.kind)]
+            self.vectors[key] = [rows, columns, offset, KINDS.index(type.kind)]
             self.uniform_elements += rows * _padded(columns)
-        return _Place("uniform", self.vectors[key][3], 0, columns)
+        return _Place("uniform", self.vectors[key][2], 0, columns)
 
-    def matrix(self, val: Val, layout: str, lead: int) -> int:
-        """A uniform of ``lead`` matrices (0: a single one)."""
-        key = (self.names[val.index], layout, lead)
+    def matrix(self, val: Val, layout: str) -> int:
+        """The number of a uniform that is one matrix or several."""
+        key = (self.names[val.index], layout)
         if key not in self.matrices:
             shape = self.program.type(val).shape
             n, k = shape[-2:] if layout == "nk" else shape[:-3:-1]
-            count = max(1, lead)
-            self.matrices[key] = [0, count, k, n, int(layout == "nk"), self.packed]
+            count = math.prod(shape[:-2])
+            self.matrices[key] = [count, k, n, int(layout == "nk"), self.packed]
             self.packed += count * k * _padded(n)
         return list(self.matrices).index(key)
 
@@ -271,8 +267,12 @@ class _Encoder:
             shape = types[position].shape  # type: ignore[union-attr]
             return [math.prod(shape[:-1]), shape[-1]]
 
-        def plain(code: str, attributes: list[int], sub: int = 0) -> _Line:
-            return _Line(code, sub, out, [self.operand(a) for a in args], attributes)
+        def plain(code: str, attributes: list[int], sub: int = 0, in_place: bool = False) -> _Line:
+            operands = [self.operand(a) for a in args]
+            return _Line(code, sub, out, operands, attributes, in_place)
+
+        def elementwise(code: str, sub: int, *attributes: int) -> _Line:
+            return plain(code, list(attributes), sub, in_place=True)
 
         if op in ("reshape", "detach") or (op == "cast" and self._same(instr)):
             assert out is not None
@@ -281,24 +281,15 @@ class _Encoder:
             return None
         if op == "cast":
             sub = "to_bool" if attrs["kind"] == "bool" else "trunc"
-            return _Line(
-                "unary", _UNARY.index(sub), out, [self.operand(args[0])], [-1], in_place=True
-            )
+            return elementwise("unary", _UNARY.index(sub), self.parameters([]))
         if op in UNARY:
             params = self.parameters([attrs[k] for k in UNARY[op][1]])
-            return _Line(
-                "unary", _UNARY.index(op), out, [self.operand(args[0])], [params], in_place=True
-            )
+            return elementwise("unary", _UNARY.index(op), params)
         if op in UNARY_GRAD:
             params = self.parameters([attrs[k] for k in UNARY_GRAD[op][1]])
-            return _Line(
-                "unary_grad", _UNARY_GRAD.index(op), out, [self.operand(a) for a in args], [params],
-                in_place=True,
-            )  # fmt: skip
+            return elementwise("unary_grad", _UNARY_GRAD.index(op), params)
         if op in BINARY:
-            return _Line(
-                "binary", _BINARY.index(op), out, [self.operand(a) for a in args], [], in_place=True
-            )
+            return elementwise("binary", _BINARY.index(op))
         if op == "where":
             return plain("where", [])
         if op in _REDUCE:
@@ -311,6 +302,7 @@ class _Encoder:
             at = 0 if op == "layer_norm" else 1
             return plain(op, [*groups(at), self.immediate(attrs["eps"])])
         if op in PRODUCTS:
+            assert out is not None
             return self._product(instr, out, first)
         if op in SUMS:
             return self._sum(instr, types)
@@ -329,7 +321,7 @@ class _Encoder:
         if op == "row":
             return plain("slice", [0])
         if op == "fill":
-            return _Line("fill", 0, out, [], [self.immediate(attrs["value"])])
+            return plain("fill", [self.immediate(attrs["value"])])
         raise ProgramError(f"the executor has no {op!r}")
 
     def _same(self, instr: Instr) -> bool:
@@ -338,13 +330,13 @@ class _Encoder:
         before, after = self.program.type(instr.args[0]).kind, instr.attrs["kind"]
         return after == "float" or before == after or (after == "int" and before == "bool")
 
-    def _product(self, instr: Instr, out: int | None, x: Any) -> _Line:
+    def _product(self, instr: Instr, out: int, x: Any) -> _Line:
         args, attrs, op = instr.args, instr.attrs, instr.op
         weight, bias = args[1], args[2]
         assert isinstance(weight, Val)
-        count = 0 if op == "linear" else self.program.type(weight).shape[0]
-        number = self.matrix(weight, attrs["layout"], count)
-        _, _, k, n, _, _ = list(self.matrices.values())[number]
+        number = self.matrix(weight, attrs["layout"])
+        count = math.prod(self.program.type(weight).shape[:-2])
+        k, n = x.shape[-1], self.program.types[out].shape[-1]
         groups = count if op == "grouped_linear" else math.prod(x.shape[:-1])
         alike = op == "grouped_linear" and len(x.shape) == 1
         act = attrs.get("act")
@@ -356,7 +348,7 @@ class _Encoder:
         if op == "member_linear" or groups > 1:
             self.scratch = max(self.scratch, _padded(k) + _padded(n))
         place = (
-            _NOWHERE if bias is None else self.vector(bias, count if op != "linear" else 1)  # type: ignore[arg-type]
+            _NOWHERE if bias is None else self.vector(bias, count)  # type: ignore[arg-type]
         )
         operands: list[int | _Place] = [self.operand(args[0]), place]
         if op == "member_linear":
@@ -427,9 +419,8 @@ class _Encoder:
             if instr.op in PRODUCTS:
                 weight = instr.args[1]
                 assert isinstance(weight, Val)
-                count = 0 if instr.op == "linear" else program.type(weight).shape[0]
-                self.matrix(weight, instr.attrs["layout"], count)
-        split = Sections(loop=_late(program)) if self.stepwise else sections(program)
+                self.matrix(weight, instr.attrs["layout"])
+        split = one_section(program) if self.stepwise else sections(program)
         lines: list[list[_Line]] = [[], [], []]
         home: dict[int, int] = {}
         for section, instrs in enumerate((split.ahead, split.loop, split.after)):
@@ -469,12 +460,11 @@ class _Encoder:
         for index, where in [*home.items(), *((i, _LOOP) for i in carries)]:
             if any(section > where for section in used.get(index, ())):
                 kept.add(index)
+        ends = set(map(self.root, (*program.outputs.values(), *program.checks)))
         loads: list[_Line] = []
         for number, given in enumerate(rows_in):
             index = given.val.index
-            ends = map(self.root, (*program.outputs.values(), *program.checks))
-            wanted = index in used or index in ends
-            if given.role != "carry" and wanted:
+            if given.role != "carry" and (index in used or index in ends):
                 if not self.stepwise:
                     kept.add(index)
                 loads.append(_Line("load", 0, index, [], [number]))
@@ -601,9 +591,9 @@ class _Encoder:
         for number, name in enumerate(finals):
             words += [*self.persist[program.inputs[name].val.index].words(), len(outputs) + number]
         for (name, _, _), vector in self.vectors.items():
-            words += [at[name], *vector[1:]]
-        for (name, _, _), matrix in self.matrices.items():
-            words += [at[name], *matrix[1:]]
+            words += [at[name], *vector]
+        for (name, _), matrix in self.matrices.items():
+            words += [at[name], *matrix]
         offset = 0
         for number, name in enumerate(sums):
             shape = program.sums[name].shape or (1,)
@@ -642,37 +632,6 @@ class _Encoder:
             words += operand.words()
         words += line.attributes
         return [len(words) + 1, *words]
-
-
-def _late(program: Program) -> list[Instr]:
-    """The instructions, each put off until somebody needs it, so that few values are alive at a time."""
-    maker = {i.out.index: i for i in program.instrs if i.out is not None}
-    found: list[Instr] = []
-    done: set[int] = set()
-
-    def need(instr: Instr) -> None:
-        stack = [(instr, iter(list(instr.values())))]
-        while stack:
-            current, rest = stack[-1]
-            for val in rest:
-                made = maker.get(val.index)
-                if made is not None and id(made) not in done:
-                    stack.append((made, iter(list(made.values()))))
-                    break
-            else:
-                stack.pop()
-                if id(current) not in done:
-                    done.add(id(current))
-                    found.append(current)
-
-    for instr in program.instrs:
-        if instr.out is None:
-            need(instr)
-    wanted = {v.index for v in program.roots()}
-    for instr in program.instrs:
-        if instr.out is not None and instr.out.index in wanted:
-            need(instr)
-    return found
 
 
 def _with_loads(loads: list[_Line], body: list[_Line]) -> list[_Line]:

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastwm.row_program.ops import MOVEMENT
+from fastwm.row_program.passes.rewrite import definitions
 from fastwm.row_program.program import Instr, Program, Val
 
-__all__ = ["Sections", "sections"]
+__all__ = ["Sections", "one_section", "sections"]
 
 _AHEAD, _LOOP, _AFTER = range(3)
 
@@ -59,6 +60,50 @@ def sections(program: Program) -> Sections:
     for instr, section in zip(program.instrs, split.section, strict=True):
         (found.ahead, found.loop, found.after)[section].append(instr)
     return found
+
+
+def one_section(program: Program) -> Sections:
+    """Everything in the loop, each instruction put off until somebody needs it, so that few values are alive
+    at a time.
+
+    Example:
+        >>> from fastwm.row_program import Program
+        >>> from fastwm.row_program.sections import one_section
+        >>> p = Program()
+        >>> x, noise = p.input("x", "carry", (3,)), p.input("noise", "step", (3,))
+        >>> scale = p.emit("exp", noise)
+        >>> p.carries["x"] = p.emit("tanh", x)
+        >>> p.outputs["minus"] = p.emit("neg", scale)
+        >>> [i.op for i in one_section(p).loop]
+        ['tanh', 'exp', 'neg']
+    """
+    maker = definitions(program)
+    found: list[Instr] = []
+    done: set[int] = set()
+
+    def need(instr: Instr) -> None:
+        stack = [(instr, instr.values())]
+        while stack:
+            current, rest = stack[-1]
+            for val in rest:
+                made = maker.get(val.index)
+                if made is not None and id(made) not in done:
+                    stack.append((made, made.values()))
+                    break
+            else:
+                stack.pop()
+                if id(current) not in done:
+                    done.add(id(current))
+                    found.append(current)
+
+    for instr in program.instrs:
+        if instr.out is None:
+            need(instr)
+    wanted = {v.index for v in program.roots()}
+    for instr in program.instrs:
+        if instr.out is not None and instr.out.index in wanted:
+            need(instr)
+    return Sections(loop=found)
 
 
 class _Split:
