@@ -135,7 +135,7 @@ class Builder:
 
     # -- memory
 
-    def _index(self, val: Val, positions: torch.Tensor) -> Val:
+    def index(self, val: Val, positions: torch.Tensor) -> Val:
         return self.program.emit(
             "index", val, map=tuple(positions.flatten().tolist()), shape=tuple(positions.shape)
         )
@@ -159,7 +159,7 @@ class Builder:
         positions = positions.permute([laid.order.index(a) for a in own])
         positions = positions.reshape([a.size if a in laid.order else 1 for a in order])
         positions = positions.expand([a.size for a in order]).reshape(shape)
-        return self._index(laid.ref, positions)
+        return self.index(laid.ref, positions)
 
     def solid(self, laid: Laid, dims: Sequence[int]) -> Laid:
         """Repeats in these dims written out, since an op will treat their entries apart."""
@@ -232,7 +232,7 @@ class Builder:
         if torch.equal(positions.flatten(), torch.arange(laid.width)) and laid.order == natural:
             return replace(laid, dims=dims_out, order=order)
         shape = tuple(a.size for a in order)
-        val = self._index(laid.ref, positions.reshape(shape))
+        val = self.index(laid.ref, positions.reshape(shape))
         if laid.ref.index in self.quiet:
             self.quiet.add(val.index)
         return replace(laid, ref=val, dims=dims_out, order=order)

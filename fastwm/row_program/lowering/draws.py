@@ -17,7 +17,7 @@ from fastwm.step_graph import Meta, Value
 if TYPE_CHECKING:
     from fastwm.row_program.lowering.step import StepLowering as Step
 
-__all__ = ["DRAWS", "Draw", "placements"]
+__all__ = ["Draw", "placements"]
 
 
 @dataclass
@@ -30,6 +30,8 @@ class Draw:
         shape, dtype: of one step's noise, as eager draws it.
         plain: the noise is ``[*batch, *inner]``: rows need no rearranging.
         inner: shape of the program's input.
+        sample: gives a step's noise, in eager's shape, by the call that eager makes.
+        rows: the same as the program takes it: ``[rows, *inner]``.
         fill: where there is such a call: writes the same noise into a contiguous tensor of ``shape``, which
             lies in memory as the program's ``[rows, *inner]``.
     """
@@ -39,17 +41,9 @@ class Draw:
     dtype: torch.dtype
     plain: bool
     inner: tuple[int, ...]
-    make: Callable[[], torch.Tensor]
-    arrange: Callable[[torch.Tensor], torch.Tensor]
+    sample: Callable[[], torch.Tensor]
+    rows: Callable[[torch.Tensor], torch.Tensor]
     fill: Callable[[torch.Tensor], Any] | None = None
-
-    def sample(self) -> torch.Tensor:
-        """This step's noise, in eager's shape, by the call that eager makes."""
-        return self.make()
-
-    def rows(self, noise: torch.Tensor) -> torch.Tensor:
-        """The same as the program takes it: ``[rows, *inner]``."""
-        return self.arrange(noise)
 
 
 def placements(shape: Sequence[int], batch: Sequence[Atom | None]) -> Iterator[Dims]:
@@ -136,20 +130,6 @@ def _arranger(
         return noise.reshape((rows, *inner))
 
     return arrange
-
-
-_IN_PLACE = {
-    "normal",
-    "uniform",
-    "exponential",
-    "bernoulli",
-    "random",
-    "cauchy",
-    "log_normal",
-    "geometric",
-}
-_LIKE = {"randn_like", "rand_like", "randint_like"}
-_SHAPED = {"randn", "rand", "randint", "normal"}
 
 
 @lowers("normal", "uniform", "exponential", "bernoulli", "random", "cauchy", "log_normal", "geometric",
@@ -272,6 +252,3 @@ def _multinomial(s: Step, c: Call) -> Laid:
     s.check(s.b.elementwise("gt", s.reduced("sum", p, [last], True), 0.0))
     out = s.reduced("argmax", s.b.elementwise("div", p, noise), [last], True)
     return s.b.bounded(out, float(shape[-1]))
-
-
-DRAWS = {*_IN_PLACE, *_LIKE, *_SHAPED, "multinomial"}

@@ -15,7 +15,7 @@ from fastwm.row_program.lowering.registry import Call, lowers
 if TYPE_CHECKING:
     from fastwm.row_program.lowering.step import StepLowering as Step
 
-__all__ = ["ELEMENTWISE"]
+__all__ = ["ELEMENTWISE", "atanh", "times"]
 
 _UNARY = {
     "neg": "neg", "exp": "exp", "log": "log", "log1p": "log1p", "expm1": "expm1", "sqrt": "sqrt",
@@ -79,7 +79,12 @@ def _logic(s: Step, c: Call) -> Laid:
     return s.b.elementwise(_LOGIC[c.name], c["self"], c["other"], kind="bool")
 
 
-def _times(s: Step, a: Any, alpha: Any) -> Any:
+def atanh(s: Step, x: Laid) -> Laid:
+    up, down = s.b.unary("log1p", x), s.b.unary("log1p", s.b.unary("neg", x))
+    return s.b.elementwise("mul", s.b.elementwise("sub", up, down), 0.5)
+
+
+def times(s: Step, a: Any, alpha: Any) -> Any:
     if alpha in (None, 1):
         return a
     if not isinstance(a, Laid):
@@ -89,18 +94,15 @@ def _times(s: Step, a: Any, alpha: Any) -> Any:
 
 @lowers("add", "sub", "rsub", "subtract")
 def _add(s: Step, c: Call) -> Laid:
-    a, b = c["self"], _times(s, c["other"], c.get("alpha"))
+    a, b = c["self"], c["other"]
     if c.name == "rsub":
         a, b = b, a
-        if c.get("alpha") not in (None, 1):
-            a = _times(s, c["other"], None)
-            return s.arith("sub", a, _times(s, c["self"], c["alpha"]), meta=c.out[0])
-    return s.arith("add" if c.name == "add" else "sub", a, b, meta=c.out[0])
+    return s.arith("add" if c.name == "add" else "sub", a, times(s, b, c.get("alpha")))
 
 
 @lowers("mul", "multiply")
 def _mul(s: Step, c: Call) -> Laid:
-    return s.arith("mul", c["self"], c["other"], meta=c.out[0])
+    return s.arith("mul", c["self"], c["other"])
 
 
 @lowers("div", "divide", "true_divide", "floor_divide")
@@ -177,7 +179,7 @@ def _lerp(s: Step, c: Call) -> Laid:
 def _addcmul(s: Step, c: Call) -> Laid:
     op = "mul" if c.name == "addcmul" else "div"
     inner = s.b.elementwise(op, c["tensor1"], c["tensor2"])
-    return s.arith("add", c["self"], _times(s, inner, c["value"]))
+    return s.arith("add", c["self"], times(s, inner, c["value"]))
 
 
 @lowers("softplus")
@@ -243,8 +245,7 @@ def _logit(s: Step, c: Call) -> Laid:
 
 @lowers("atanh")
 def _atanh(s: Step, c: Call) -> Laid:
-    up, down = s.b.unary("log1p", c.x), s.b.unary("log1p", s.b.unary("neg", c.x))
-    return s.b.elementwise("mul", s.b.elementwise("sub", up, down), 0.5)
+    return atanh(s, c.x)
 
 
 @lowers("isinf")

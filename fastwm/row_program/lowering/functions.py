@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torchrl.modules.distributions import utils as torchrl_utils
 
+from fastwm.row_program.lowering.elementwise import atanh
 from fastwm.row_program.lowering.errors import NotLowerable
 from fastwm.row_program.lowering.layout import Laid
 from fastwm.step_graph import Op
@@ -41,7 +42,6 @@ def call_function(s: Step, op: Op, args: list[Any]) -> Laid:
         limit = _limit(s, args)
         clipped = s.b.elementwise("clamp_max", s.b.elementwise("clamp_min", x, -limit), limit)
         x = s.b.elementwise("add", x, s.b.unary("detach", s.b.elementwise("sub", clipped, x)))
-        up, down = s.b.unary("log1p", x), s.b.unary("log1p", s.b.unary("neg", x))
-        return s.b.elementwise("mul", s.b.elementwise("sub", up, down), 0.5)
+        return atanh(s, x)
     name = getattr(cls, "__name__", op.name)
     raise NotLowerable(f"custom autograd.Function {name}: its backward has no row-wise form")

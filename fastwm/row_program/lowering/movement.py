@@ -24,7 +24,7 @@ from fastwm.row_program.lowering.registry import Call, lowers
 if TYPE_CHECKING:
     from fastwm.row_program.lowering.step import StepLowering as Step
 
-__all__ = ["joined"]
+__all__ = ["joined", "narrowed"]
 
 
 @lowers("alias", "clone", "lift_fresh", "lift_fresh_copy", "contiguous", "positive",
@@ -121,7 +121,7 @@ def _select(s: Step, c: Call) -> Laid:
     return s.b.picked(x, lambda t: t.select(dim, index), [dim], [])
 
 
-def _narrowed(s: Step, x: Laid, dim: int, start: int, length: int, step: int = 1) -> Laid:
+def narrowed(s: Step, x: Laid, dim: int, start: int, length: int, step: int = 1) -> Laid:
     size = x.shape[dim]
     if start == 0 and length == size and step == 1:
         return x
@@ -140,9 +140,9 @@ def _narrowed(s: Step, x: Laid, dim: int, start: int, length: int, step: int = 1
 def _slice(s: Step, c: Call) -> Laid:
     x, dim = _fixed_dim(s, c, c["dim"])
     if c.name == "narrow":
-        return _narrowed(s, x, dim, c["start"] % x.shape[dim], c["length"])
+        return narrowed(s, x, dim, c["start"] % x.shape[dim], c["length"])
     start, stop, step = slice(c["start"], c["end"], c["step"]).indices(x.shape[dim])
-    return _narrowed(s, x, dim, start, len(range(start, stop, step)), step)
+    return narrowed(s, x, dim, start, len(range(start, stop, step)), step)
 
 
 @lowers("split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "chunk", "unsafe_chunk",
@@ -152,7 +152,7 @@ def _split(s: Step, c: Call) -> list[Laid]:
     out, start = [], 0
     for meta in c.out:
         assert meta is not None
-        out.append(_narrowed(s, x, dim, start, meta.shape[dim]))
+        out.append(narrowed(s, x, dim, start, meta.shape[dim]))
         start += meta.shape[dim]
     return out
 
@@ -162,7 +162,7 @@ def _unbind(s: Step, c: Call) -> list[Laid]:
     x, dim = _fixed_dim(s, c, c["dim"])
     out = []
     for k in range(x.shape[dim]):
-        piece = _narrowed(s, x, dim, k, 1)
+        piece = narrowed(s, x, dim, k, 1)
         out.append(piece.with_dims(d for i, d in enumerate(piece.dims) if i != dim))
     return out
 
@@ -222,7 +222,7 @@ def joined(s: Step, pieces: Sequence[Laid], dim: int) -> Laid:
     val = s.b.program.emit("concat", *args)
     where = torch.cat(places, natural.index(atom))
     if not torch.equal(where.flatten(), torch.arange(start)):
-        val = s.b._index(val, where)
+        val = s.b.index(val, where)
     elif where.dim() > 1:
         val = s.b.reshaped(val, tuple(where.shape))
     if all(a.index in s.b.quiet for a in args):

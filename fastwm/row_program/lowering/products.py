@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from fastwm.row_program.lowering.elementwise import times
 from fastwm.row_program.lowering.errors import NotLowerable, RowsMix
 from fastwm.row_program.lowering.layout import Atom, Dims, Fixed, Laid, align
 from fastwm.row_program.lowering.registry import Call, lowers
@@ -61,6 +62,10 @@ def _bias(s: Step, bias: Laid | None, dims: Dims, lead: int) -> tuple[Atom, ...]
     return tuple(a for d in own for a in d)
 
 
+def _plus(s: Step, out: Laid, bias: Laid | None) -> Laid:
+    return out if bias is None else s.arith("add", out, bias)
+
+
 def _product(s: Step, x: Laid, w: Laid, bias: Laid | None = None) -> Laid:
     """``[P, K] @ [K, N]``, one of them a row value."""
     if not x.is_row and not isinstance(x.ref, Fixed):
@@ -78,13 +83,13 @@ def _product(s: Step, x: Laid, w: Laid, bias: Laid | None = None) -> Laid:
         b = None if found is None or bias is None else s.b.uniform(bias, found, (n,), "float")
         result = s.b.program.emit("linear", val, matrix, b, layout=layout)
         made = Laid(result, dims, (*lead, *atom))
-        return made if bias is None or b is not None else s.arith("add", made, bias)
+        return made if b is not None else _plus(s, made, bias)
     if isinstance(x.ref, Fixed) and not any(a.kind == "batch" for a in x.atoms()):
         out = _flipped(_product(s, _flipped(w), _flipped(x)))
-        return out if bias is None else s.arith("add", out, bias)
+        return _plus(s, out, bias)
     out = _of_rows(s, x.with_dims(((), *x.dims)), w.with_dims(((), *w.dims)))
     out = out.with_dims(out.dims[1:])
-    return out if bias is None else s.arith("add", out, bias)
+    return _plus(s, out, bias)
 
 
 def _of_rows(s: Step, x: Laid, w: Laid) -> Laid:
@@ -109,7 +114,7 @@ def _batched(s: Step, x: Laid, w: Laid, bias: Laid | None = None) -> Laid:
             x = _single(s, s.b.as_row(x), 2, "a matrix product")
             out = _product(s, x.with_dims(((*x.dims[0], *x.dims[1]), x.dims[2])), flat)
             out = out.with_dims((x.dims[0], x.dims[1], out.dims[1]))
-            return out if bias is None else s.arith("add", out, bias)
+            return _plus(s, out, bias)
         x = _single(s, s.b.as_row(x), 2, "a matrix product")
         only = [x.with_dims(x.dims[:1]), w.with_dims(w.dims[:1])]
         (xc, wc), _, dims = align(only, "a product with one matrix per group")
@@ -139,12 +144,12 @@ def _batched(s: Step, x: Laid, w: Laid, bias: Laid | None = None) -> Laid:
             b = s.b.uniform(bias, found, (count, n), "float")
         result = s.b.program.emit("grouped_linear", val, matrix, b, layout=layout)
         made = Laid(result, laid_out, (*groups, *atom))
-        return made if bias is None or b is not None else s.arith("add", made, bias)
+        return made if b is not None else _plus(s, made, bias)
     if isinstance(x.ref, Fixed) and not any(a.kind == "batch" for a in x.atoms()):
         out = _flipped(_batched(s, _flipped(w), _flipped(x)))
-        return out if bias is None else s.arith("add", out, bias)
+        return _plus(s, out, bias)
     out = _of_rows(s, s.b.as_row(x), s.b.as_row(w))
-    return out if bias is None else s.arith("add", out, bias)
+    return _plus(s, out, bias)
 
 
 def _matrix_of_members(s: Step, w: Laid, members: tuple[Atom, ...], count: int) -> tuple[Val, str]:
@@ -155,16 +160,12 @@ def _matrix_of_members(s: Step, w: Laid, members: tuple[Atom, ...], count: int) 
     return val, layout
 
 
-def _scaled(s: Step, x: Laid, by: Any) -> Laid:
-    return x if by == 1 else s.arith("mul", x, by)
-
-
 def _with_scales(s: Step, c: Call, product: Any, a: str, b: str) -> Laid:
     bias, alpha, beta = c["self"], c.get("alpha", 1), c.get("beta", 1)
     if alpha == 1 and beta == 1:
         return product(s, c[a], c[b], bias)
-    out = _scaled(s, product(s, c[a], c[b]), alpha)
-    return out if beta == 0 else s.arith("add", out, _scaled(s, s.b.as_row(bias), beta))
+    out = times(s, product(s, c[a], c[b]), alpha)
+    return out if beta == 0 else s.arith("add", out, times(s, s.b.as_row(bias), beta))
 
 
 @lowers("addmm")

@@ -242,7 +242,7 @@ class StepLowering:
 
     # -- pieces for the ops
 
-    def arith(self, op: str, a: Operand, b: Operand, meta: Meta | None = None) -> Laid:
+    def arith(self, op: str, a: Operand, b: Operand) -> Laid:
         """Arithmetic with torch's kinds: bools add up to "or", ints are watched for their size."""
         kinds = [_kind(o) for o in (a, b)]
         if kinds == ["bool", "bool"]:
@@ -268,7 +268,7 @@ class StepLowering:
         return reductions.reduced(self, op, x, dims, keep)
 
     def narrowed(self, x: Laid, dim: int, start: int, length: int) -> Laid:
-        return movement._narrowed(self, x, dim, start, length)
+        return movement.narrowed(self, x, dim, start, length)
 
     def view(self, x: Laid, shape: tuple[int, ...]) -> Laid:
         if isinstance(x.ref, Fill) and not x.atoms("batch"):
