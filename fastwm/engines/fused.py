@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fastwm.engines.captured import ChecksFailed, FeedStep, Tensors
 from fastwm.engines.choice import prefers_captured
+from fastwm.engines.fused_gradient import GradientMode
 from fastwm.nvtx import annotate
 from fastwm.ops.library import cpu_library
 from fastwm.row_program.executor import Executor
-from fastwm.row_program.gradient import Gradient, differentiate
 from fastwm.row_program.kinds import dtype_name, dtype_of, kind_of
 from fastwm.row_program.lowering import Lowered, NotLowerable, lower
 from fastwm.row_program.passes import fuse_act
-from fastwm.row_program.program import ProgramError
-from fastwm.row_program.reference import interpret
+from fastwm.row_program.program import Program, ProgramError
 from fastwm.step_graph import StepGraph
 
 __all__ = ["FusedLoop", "NotFusible"]
@@ -104,19 +103,18 @@ class FusedLoop:
                 (u.constant, u.frozen) for u in lowered.uniforms if u.constant is not None
             ]
         self.wrt = self._wrt(constants, wanting) if wanting is not None else []
-        self._modes: dict[Any, _Mode] = {}
+        self._modes: dict[Any, GradientMode] = {}
+        if bf16 and self.wrt:
+            raise NotFusible("bfloat16 weights have no gradients")
+        self._plain: Executor | None = None
+        self._blocks: Executor | None = None
         try:
-            self._plain = self._executor(program, finals=()) if not self.wrt else None
+            if self.wrt:
+                self._mode(save_all=True)
+            else:
+                self._plain = self.executor(program)
         except ProgramError as reason:
             raise NotFusible(str(reason)) from reason
-        if self.wrt:
-            if bf16:
-                raise NotFusible("bfloat16 weights have no gradients")
-            try:
-                self._mode(save_all=True)
-            except ProgramError as reason:
-                raise NotFusible(str(reason)) from reason
-        self._blocks: Executor | None = None
         elements = sum(
             program.types[item.val.index].width
             for name, item in program.inputs.items()
@@ -127,7 +125,7 @@ class FusedLoop:
         # What every call needs, worked out once.
         self._rows_in = [n for n, i in program.inputs.items() if i.role != "uniform"]
         self._paths = [n[1] for n in lowered.casts]
-        self._as_written = all(
+        self.as_written = all(
             dtype is dtype_of(kind_of(dtype), program.dtype) for _, dtype in lowered.casts.values()
         )
         self._sizes: dict[int, list[tuple[tuple[int, ...], torch.dtype]]] = {}
@@ -136,7 +134,8 @@ class FusedLoop:
 
     def _wrt(self, constants: Sequence[torch.Tensor], wanting: Collection[Any]) -> list[Any]:
         with torch.enable_grad():
-            uniforms = dict(zip(self._uniform_names(), self._uniforms(constants), strict=True))
+            names = (n for n, i in self.program.inputs.items() if i.role == "uniform")
+            uniforms = dict(zip(names, self._uniforms(constants), strict=True))
         found = []
         for name, given in self.program.inputs.items():
             if given.role == "uniform":
@@ -146,16 +145,15 @@ class FusedLoop:
                 found.append(name)
         return found
 
-    def _executor(self, program: Any, *, finals: Collection[Any]) -> Executor:
-        if finals:
-            program = _copied(program, finals)
+    def executor(self, program: Program) -> Executor:
+        """For this program, or for the same with more outputs."""
         return Executor(program, time_major=self.time_major, kinds=self._kinds, bf16=self.bf16)
 
-    def _mode(self, *, save_all: bool) -> _Mode:
+    def _mode(self, *, save_all: bool) -> GradientMode:
         """Forward and backward programs that save everything, or that save little and work it out again."""
         if save_all not in self._modes:
             budget = _PLENTY if save_all else self.wanted * _TAPE_SHARE
-            self._modes[save_all] = _Mode(self, budget, pooled=save_all)
+            self._modes[save_all] = GradientMode(self, budget, pooled=save_all)
         return self._modes[save_all]
 
     def requiring(self, steps: int) -> list[Any]:
@@ -241,19 +239,21 @@ class FusedLoop:
                 mode = self._mode(save_all=self._save_all(horizon))
                 results, failed = mode.run(tensors, horizon)
             elif finals:
+                carries = list(self.program.carries)
                 if self._blocks is None:
-                    self._blocks = self._executor(self.program, finals=self._states())
+                    self._blocks = self.executor(replace(self.program, finals=carries))
                 outputs, failed = self._blocks.run(tensors, self.rows, horizon)
                 count = len(self.program.outputs)
                 results = outputs[:count]
                 after = {
                     name[1]: t.reshape(inputs[name[1]].shape).to(inputs[name[1]].dtype)
-                    for name, t in zip(self._states(), outputs[count:], strict=True)
+                    for name, t in zip(carries, outputs[count:], strict=True)
                 }
             else:
-                executor = self._plain or self._no_grad()
-                fresh = self._fresh(horizon) if self._as_written else None
-                results, failed = executor.run(tensors, self.rows, horizon, outputs=fresh)
+                if self._plain is None:
+                    self._plain = self.executor(self.program)
+                fresh = self.fresh(horizon) if self.as_written else None
+                results, failed = self._plain.run(tensors, self.rows, horizon, outputs=fresh)
         values = self._values(results, inputs, horizon, reshape=finals)
         if stop:
             steps = self._stopped(values, horizon)
@@ -284,11 +284,11 @@ class FusedLoop:
     def _values(
         self, results: Sequence[torch.Tensor], inputs: Tensors, steps: int, *, reshape: bool
     ) -> Tensors:
-        if reshape or not self._as_written or self.lowered.passed:
+        if reshape or not self.as_written or self.lowered.passed:
             return self._named(results, inputs, steps)
         return dict(zip(self._paths, results, strict=True))
 
-    def _fresh(self, steps: int) -> list[torch.Tensor]:
+    def fresh(self, steps: int) -> list[torch.Tensor]:
         """Tensors for the results, in the shapes that the caller gets."""
         sizes = self._sizes.get(steps)
         if sizes is None:
@@ -299,22 +299,12 @@ class FusedLoop:
             self._sizes[steps] = sizes
         return [torch.empty(size, dtype=dtype) for size, dtype in sizes]
 
-    def _no_grad(self) -> Executor:
-        self._plain = self._executor(self.program, finals=())
-        return self._plain
-
     def _save_all(self, horizon: int) -> bool:
         width = self._mode(save_all=True).tape_width
         return width * horizon * self.rows * self.program.dtype.itemsize <= _TAPE_BYTES
 
-    def _states(self) -> list[Any]:
-        return list(self.program.carries)
-
     def _generators(self) -> list[torch.Generator]:
         return [torch.default_generator, *self.generators]
-
-    def _uniform_names(self) -> list[Any]:
-        return [n for n, i in self.program.inputs.items() if i.role == "uniform"]
 
     def _uniforms(self, constants: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if self._direct is not None:
@@ -394,290 +384,6 @@ class FusedLoop:
 
     def __str__(self) -> str:
         return str(self.program)
-
-
-@dataclass
-class _Backward:
-    """A backward program for gradients of certain outputs.
-
-    Attributes:
-        plan: for each of the executor's inputs, where it comes from and which one it is: a forward ``input``
-            or ``output``, the ``tape``, the ``grad`` of an output, or ``zero`` of a shape; and its dtype.
-        inputs, outputs: those of the forward run that it reads, by position.
-        results: for each forward input, which of the executor's results is its gradient; -1: none.
-    """
-
-    gradient: Gradient
-    executor: Executor
-    plan: list[tuple[str, Any, torch.dtype]]
-    inputs: list[int]
-    outputs: list[int]
-    results: list[int]
-
-
-class _Mode:
-    """A way of going forward and back: what is saved, what is worked out again."""
-
-    def __init__(self, loop: FusedLoop, budget: float | None, *, pooled: bool) -> None:
-        self.loop = loop
-        program = loop.program
-        self.floats = loop.requiring(2)
-        first = set(loop.requiring(1))  # those that require gradients after one step, too
-        self.full = differentiate(program, loop.wrt, self.floats, budget=budget)
-        self.forward = loop._executor(self.full.forward, finals=())
-        self.tape_width = self.full.tape_width
-        self.backwards: dict[frozenset[int], _Backward] = {}
-        self.inputs = list(self.forward.inputs)
-        self.names = list(self.full.forward.outputs)
-        self.count = len(program.outputs)
-        saved = list(self.full.forward.outputs.values())[self.count :]
-        self.tape = [self.full.forward.type(v) for v in saved]
-        kept = {n for kind, n in self.full.sources() if kind == "input"}
-        #: Inputs that the gradients of all outputs need, by position, and the others.
-        self.kept = [i for i, n in enumerate(self.inputs) if n in kept]
-        self.others = [i for i, n in enumerate(self.inputs) if n not in kept]
-        names = self.names[: self.count]
-        self.fixed = [i for i, n in enumerate(names) if n not in set(self.floats)]
-        self.fixed_first = [i for i, n in enumerate(names) if n not in first]
-        self.major = {i for i, n in enumerate(self.inputs) if n in loop.time_major}
-        self.pool: list[torch.Tensor] | None = [] if pooled else None
-
-    def run(self, tensors: Sequence[torch.Tensor], steps: int) -> tuple[list[torch.Tensor], int]:
-        """The outputs, and as :meth:`Executor.run` when a check failed."""
-        failed: list[int] = []
-        outputs = _Rollout.apply(self, steps, failed, *tensors)
-        return list(outputs), failed[0]
-
-    def fresh(self, steps: int) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
-        """Memory for the outputs, for the tape, and what gives the tape's back when it goes."""
-        loop = self.loop
-        if loop._as_written:
-            outputs = loop._fresh(steps)
-        else:
-            outputs = self.forward.empty(loop.rows, steps)[: self.count]
-        dtype, rows = loop.program.dtype, loop.rows
-        sizes = [(rows, steps, *type.shape) for type in self.tape]
-        if self.pool is None or any(type.kind != "float" for type in self.tape):
-            tape = self.forward.empty(rows, steps)[self.count :]
-            return outputs, tape, None
-        total = sum(type.width for type in self.tape) * rows * steps
-        lease = _Lease(self.pool, total, dtype)
-        pieces = lease.memory[:total].split([type.width * rows * steps for type in self.tape])
-        return outputs, [t.view(size) for t, size in zip(pieces, sizes, strict=True)], lease
-
-    def backward(self, given: frozenset[int]) -> _Backward:
-        """The backward program for gradients of these outputs alone."""
-        if given not in self.backwards:
-            gradient = self.full
-            names = {self.names[i] for i in given}
-            if names != set(self.floats):
-                # Of the forward program as it ran, so that what it saved is there; nothing more can be.
-                gradient = differentiate(self.full.forward, self.loop.wrt, names, budget=0)
-            self.backwards[given] = self._backward(gradient)
-        return self.backwards[given]
-
-    def _backward(self, gradient: Gradient) -> _Backward:
-        program, major = gradient.backward, set()
-        for name, source in gradient.saved.items():
-            if source.kind == "input" and source.name in self.loop.time_major:
-                major.add(name)
-        executor = Executor(program, time_major=major)
-        position = {n: i for i, n in enumerate(self.inputs)}
-        produced = {n: i for i, n in enumerate(self.names)}
-        plan: list[tuple[str, Any, torch.dtype]] = []
-        for name in executor.inputs:
-            item = program.inputs[name]
-            type = program.type(item.val)
-            dtype = dtype_of(type.kind, program.dtype)
-            if name in gradient.saved:
-                source = gradient.saved[name]
-                if source.kind == "input":
-                    plan.append(("input", position[source.name], dtype))
-                elif (at := produced[source.name]) < self.count:
-                    plan.append(("output", at, dtype))
-                else:
-                    plan.append(("tape", at - self.count, dtype))
-            elif item.role in ("context", "uniform"):
-                plan.append(("input", position[name], dtype))
-            elif item.role == "step":
-                plan.append(("grad", produced[name[1]], dtype))
-            else:
-                plan.append(("zero", (self.loop.rows, *type.shape), dtype))
-        made = {m[0]: i for i, m in enumerate(executor._made)}
-        results = [made.get(("grad", n), made.get(("adjoint", n), -1)) for n in self.inputs]
-        return _Backward(
-            gradient, executor, plan,
-            [at for what, at, _ in plan if what == "input"],
-            [at for what, at, _ in plan if what == "output"],
-            results,
-        )  # fmt: skip
-
-
-class _Lease:
-    """Memory for a tape, given back when the graph that holds it goes: fresh memory costs page faults."""
-
-    def __init__(self, pool: list[torch.Tensor], size: int, dtype: torch.dtype) -> None:
-        self.pool = pool
-        self.memory = torch.empty(0, dtype=dtype)
-        while True:  # other threads take from it, too
-            try:
-                self.memory = pool.pop()
-            except IndexError:
-                break
-            if self.memory.numel() >= size:
-                return
-        self.memory = torch.empty(size, dtype=dtype)
-
-    def __del__(self) -> None:
-        if len(self.pool) < 2:
-            self.pool.append(self.memory)
-
-
-class _Rollout(torch.autograd.Function):
-    """The rollout as one node of autograd's graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, mode: _Mode, steps: int, failures: list[int], *tensors: torch.Tensor
-    ) -> Any:
-        outputs, tape, lease = mode.fresh(steps)
-        _, failed = mode.forward.run(tensors, mode.loop.rows, steps, outputs=[*outputs, *tape])
-        failures.append(failed)
-        ctx.mode, ctx.steps, ctx.lease = mode, steps, lease
-        ctx.set_materialize_grads(False)
-        fixed = mode.fixed_first if steps == 1 else mode.fixed
-        ctx.mark_non_differentiable(*(outputs[i] for i in fixed))
-        # Eager's graph holds no more than this either: the caller may write into anything else.
-        ctx.leased = tape if lease is not None else []
-        ctx.save_for_backward(
-            *(tensors[i] for i in mode.kept), *(() if lease is not None else tape)
-        )
-        ctx.others = [(tensors[i], tensors[i]._version) for i in mode.others]
-        # What the caller gets may be written into, too: aliases that tell when it was.
-        ctx.given_out = [(t.detach(), t._version) for t in outputs]
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        mode: _Mode = ctx.mode
-        saved = ctx.saved_tensors
-        if ctx.given_out is None:  # what was kept elsewhere is gone as well
-            raise RuntimeError(
-                "Trying to backward through the graph a second time, after the values that it kept have been "
-                "freed. Specify retain_graph=True if you need to backward through the graph a second time."
-            )
-        inputs: list[Any] = [None] * len(mode.inputs)
-        for i, tensor in zip(mode.kept, saved, strict=False):
-            inputs[i] = tensor
-        for i, (tensor, _) in zip(mode.others, ctx.others, strict=True):
-            inputs[i] = tensor
-        tape = ctx.leased or saved[len(mode.kept) :]
-        given = frozenset(i for i, g in enumerate(grads) if g is not None)
-        wanted = ctx.needs_input_grad[3:]
-        found: list[torch.Tensor | None] = [None] * len(inputs)
-        if given and torch.is_grad_enabled():
-            _refuse_changed(ctx, range(len(inputs)))
-            found = _differentiable(mode, ctx.steps, inputs, grads, wanted)
-        elif given:
-            how = mode.backward(given)
-            if how.gradient.reached:
-                outputs: list[Any] = [
-                    t if t._version == version else None for t, version in ctx.given_out
-                ]
-                again = any(outputs[i] is None for i in how.outputs)
-                _refuse_changed(ctx, range(len(inputs)) if again else how.inputs)
-                if again:  # the caller wrote into what we gave out
-                    outputs, tape, _ = mode.fresh(ctx.steps)
-                    mode.forward.run(inputs, mode.loop.rows, ctx.steps, outputs=[*outputs, *tape])
-                lists: dict[str, Any] = {
-                    "input": inputs,
-                    "output": outputs,
-                    "tape": tape,
-                    "grad": grads,
-                }
-                order = []
-                for what, at, dtype in how.plan:
-                    if what == "zero":
-                        order.append(torch.zeros(at, dtype=dtype))
-                        continue
-                    tensor = lists[what][at]
-                    # An output may be of another kind than the value it is made of: a one-hot, as integers.
-                    tensor = tensor if tensor.dtype is dtype else tensor.to(dtype)
-                    order.append(tensor if tensor.is_contiguous() else tensor.contiguous())
-                results, _ = how.executor.run(order, mode.loop.rows, ctx.steps, reverse=True)
-                found = [None if at < 0 else results[at] for at in how.results]
-        back: list[torch.Tensor | None] = []
-        for i, gradient in enumerate(found):
-            if not wanted[i] or gradient is None:
-                back.append(None)
-                continue
-            if i in mode.major and not torch.is_grad_enabled():
-                gradient = gradient.transpose(0, 1)
-            shape = inputs[i].shape
-            back.append(gradient if gradient.shape == shape else gradient.reshape(shape))
-        if not _graph_is_kept():
-            ctx.lease = ctx.given_out = None
-            ctx.leased, ctx.others = [], []
-        return None, None, None, *back
-
-
-def _graph_is_kept() -> bool:
-    """Whether the backward pass that is under way was asked to keep the graph (if torch tells)."""
-    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return asked is None or asked()
-
-
-def _refuse_changed(ctx: Any, needed: Iterable[int]) -> None:
-    changed = {
-        i for i, (t, version) in zip(ctx.mode.others, ctx.others, strict=True)
-        if t._version != version
-    }  # fmt: skip
-    for i in needed:
-        if i in changed:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace "
-                f"operation: input {ctx.mode.inputs[i]} of this rollout, after it ran on the fused engine"
-            )
-
-
-def _differentiable(
-    mode: _Mode, steps: int, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None],
-    wanted: Sequence[bool],
-) -> list[torch.Tensor | None]:  # fmt: skip
-    """Gradients that have gradients themselves, by torch's autograd over the reference interpreter."""
-    program, rows = mode.loop.program, mode.loop.rows
-    wrt = set(mode.loop.wrt)
-    ends = [i for i, wants in enumerate(wanted) if wants and mode.inputs[i] in wrt]
-    inputs = dict(zip(mode.inputs, tensors, strict=True))
-    # Inputs may hang on one another: these here do not.
-    fresh = {i: tensors[i].view_as(tensors[i]) for i in ends}
-    inputs.update((mode.inputs[i], t) for i, t in fresh.items())
-    laid: dict[Any, torch.Tensor] = {}
-    for name, item in program.inputs.items():
-        value = inputs[name]
-        shape = program.type(item.val).shape
-        if item.role == "step":
-            laid[name] = value.reshape(steps, rows, *shape).transpose(0, 1)
-        else:
-            laid[name] = value if item.role == "uniform" else value.reshape(rows, *shape)
-    outputs = interpret(program, laid, steps).outputs
-    named = zip(mode.names, grads, strict=False)
-    given = {n: g for n, g in named if g is not None and outputs[n].requires_grad}
-    back: list[torch.Tensor | None] = [None] * len(wanted)
-    if not given or not ends:
-        return back
-    found = torch.autograd.grad(
-        [outputs[n] for n in given], list(fresh.values()),
-        [g.reshape(outputs[n].shape) for n, g in given.items()],
-        create_graph=True, allow_unused=True,
-    )  # fmt: skip
-    for i, gradient in zip(ends, found, strict=True):
-        back[i] = gradient
-    return back
-
-
-def _copied(program: Any, finals: Collection[Any]) -> Any:
-    return replace(program, finals=list(finals))
 
 
 def _never(lowered: Lowered, flag: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastwm
 from fastwm import plan as plans
-from fastwm.engines import fused
+from fastwm.engines import fused, fused_gradient
 from tests.compare import assert_close, assert_parity, assert_same, run, why_not_fused
 from tests.engines.test_captured import DISTRIBUTIONS, begin
 from tests.models import ACTION, LATENT, OBS, linear_policy, spec_env
@@ -242,7 +242,7 @@ def test_a_lease_from_a_pool_that_others_empty() -> None:
         def __bool__(self) -> bool:
             return True
 
-    assert fused._Lease(Emptied(), 4, torch.float32).memory.numel() == 4
+    assert fused_gradient.Lease(Emptied(), 4, torch.float32).memory.numel() == 4
 
 
 def test_the_tape_is_counted_in_bytes(monkeypatch: Any) -> None:
