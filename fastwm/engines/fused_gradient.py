@@ -126,7 +126,7 @@ class GradientMode:
                 plan.append(("grad", produced[name[1]], dtype))
             else:
                 plan.append(("zero", (self.loop.rows, *type.shape), dtype))
-        made = {m[0]: i for i, m in enumerate(executor._made)}
+        made = {name: i for i, name in enumerate(executor.results)}
         results = [made.get(("grad", n), made.get(("adjoint", n), -1)) for n in self.inputs]
         return BackwardPlan(
             gradient, executor, plan,
@@ -202,33 +202,7 @@ class Rollout(torch.autograd.Function):
             _refuse_changed(ctx, range(len(inputs)))
             found = _differentiable(mode, ctx.steps, inputs, grads, wanted)
         elif given:
-            how = mode.backward(given)
-            if how.gradient.reached:
-                outputs: list[Any] = [
-                    t if t._version == version else None for t, version in ctx.given_out
-                ]
-                again = any(outputs[i] is None for i in how.outputs)
-                _refuse_changed(ctx, range(len(inputs)) if again else how.inputs)
-                if again:  # the caller wrote into what we gave out
-                    outputs, tape, _ = mode.fresh(ctx.steps)
-                    mode.forward.run(inputs, mode.loop.rows, ctx.steps, outputs=[*outputs, *tape])
-                lists: dict[str, Any] = {
-                    "input": inputs,
-                    "output": outputs,
-                    "tape": tape,
-                    "grad": grads,
-                }
-                order = []
-                for what, at, dtype in how.plan:
-                    if what == "zero":
-                        order.append(torch.zeros(at, dtype=dtype))
-                        continue
-                    tensor = lists[what][at]
-                    # An output may be of another kind than the value it is made of: a one-hot, as integers.
-                    tensor = tensor if tensor.dtype is dtype else tensor.to(dtype)
-                    order.append(tensor if tensor.is_contiguous() else tensor.contiguous())
-                results, _ = how.executor.run(order, mode.loop.rows, ctx.steps, reverse=True)
-                found = [None if at < 0 else results[at] for at in how.results]
+            found = _gradients(ctx, given, inputs, tape, grads)
         back: list[torch.Tensor | None] = []
         for i, gradient in enumerate(found):
             if not wanted[i] or gradient is None:
@@ -242,6 +216,35 @@ class Rollout(torch.autograd.Function):
             ctx.lease = ctx.given_out = None
             ctx.leased, ctx.others = [], []
         return None, None, None, *back
+
+
+def _gradients(
+    ctx: Any, given: frozenset[int], inputs: Sequence[torch.Tensor], tape: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor | None]:  # fmt: skip
+    """Gradients of the inputs, by the backward program for gradients of the given outputs."""
+    mode: GradientMode = ctx.mode
+    how = mode.backward(given)
+    if not how.gradient.reached:
+        return [None] * len(inputs)
+    outputs: list[Any] = [t if t._version == version else None for t, version in ctx.given_out]
+    again = any(outputs[i] is None for i in how.outputs)
+    _refuse_changed(ctx, range(len(inputs)) if again else how.inputs)
+    if again:  # the caller wrote into what we gave out
+        outputs, tape, _ = mode.fresh(ctx.steps)
+        mode.forward.run(inputs, mode.loop.rows, ctx.steps, outputs=[*outputs, *tape])
+    lists: dict[str, Any] = {"input": inputs, "output": outputs, "tape": tape, "grad": grads}
+    order = []
+    for what, at, dtype in how.plan:
+        if what == "zero":
+            order.append(torch.zeros(at, dtype=dtype))
+            continue
+        tensor = lists[what][at]
+        # An output may be of another kind than the value it is made of: a one-hot, as integers.
+        tensor = tensor if tensor.dtype is dtype else tensor.to(dtype)
+        order.append(tensor if tensor.is_contiguous() else tensor.contiguous())
+    results, _ = how.executor.run(order, mode.loop.rows, ctx.steps, reverse=True)
+    return [None if at < 0 else results[at] for at in how.results]
 
 
 def _graph_is_kept() -> bool:

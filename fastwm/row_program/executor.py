@@ -61,6 +61,7 @@ class Executor:
         self.encoded = encoded = encode(program, time_major=time_major, kinds=kinds)
         self._stepwise = encode(program, time_major=time_major, kinds=kinds, stepwise=True)
         self.inputs = encoded.inputs
+        self.results = [*encoded.outputs, *encoded.finals, *encoded.sums]
         self.bf16 = bf16
         self._isa = -1 if isa is None else isa
         element = torch.bfloat16 if bf16 else program.dtype
@@ -75,17 +76,16 @@ class Executor:
         self._prints = torch.zeros(encoded.matrices + 1, dtype=torch.int64)
         self._lock = threading.Lock()  # packed room is written at the start of a call
         kinds = dict(kinds or {})
-        self._made: list[tuple[Any, str, tuple[int, ...], torch.dtype]] = []
+        self._made: list[tuple[str, tuple[int, ...], torch.dtype]] = []
         for name in encoded.outputs:
             type = program.type(program.outputs[name])
             dtype = dtype_of(kinds.get(name, type.kind), program.dtype)
-            self._made.append((name, "output", type.shape, dtype))
+            self._made.append(("output", type.shape, dtype))
         for name in encoded.finals:
             type = program.type(program.inputs[name].val)
-            self._made.append((name, "final", type.shape, program.dtype))
+            self._made.append(("final", type.shape, program.dtype))
         for name in encoded.sums:
-            self._made.append((name, "sum", program.sums[name].shape, program.dtype))
-        self.checks = len(program.checks)
+            self._made.append(("sum", program.sums[name].shape, program.dtype))
 
     def packed_bytes(self) -> int:
         """Memory held for packed matrices."""
@@ -96,7 +96,7 @@ class Executor:
     ) -> dict[Any, torch.Tensor]:
         """Run it: see :meth:`run`, with tensors by name."""
         outputs, _ = self.run([inputs[name] for name in self.inputs], rows, steps, reverse=reverse)
-        return {made[0]: t for made, t in zip(self._made, outputs, strict=True)}
+        return dict(zip(self.results, outputs, strict=True))
 
     def run(
         self,
@@ -134,6 +134,5 @@ class Executor:
         """Fresh tensors for the results."""
         shapes = {"output": (rows, steps), "final": (rows,), "sum": ()}
         return [
-            torch.empty((*shapes[what], *shape), dtype=dtype)
-            for _, what, shape, dtype in self._made
+            torch.empty((*shapes[what], *shape), dtype=dtype) for what, shape, dtype in self._made
         ]
