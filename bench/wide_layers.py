@@ -16,46 +16,21 @@ from pathlib import Path
 
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
-from torch import nn
 
 import fastwm
 from fastwm.bench.conditions import commit, machine, versions
-from fastwm.bench.providers.env_rollout import _Specs
+from fastwm.bench.providers.env_rollout import environment
+from fastwm.bench.suites import MLPWorldModel
 
 LATENT, ACTION, STEPS = 64, 6, 5
-
-
-def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)
-    )  # fmt: skip
-
-
-class Dynamics(nn.Module):
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.net = mlp(LATENT + ACTION, hidden, LATENT)
-
-    def forward(self, latent: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        return self.net(torch.cat((latent, action), -1))
 
 
 def measure(hidden: int, batch: int, grad: bool, rounds: int) -> dict[str, float]:
     """Milliseconds of processor time per rollout by engine, parity checked first."""
     torch.manual_seed(0)
-    world_model = fastwm.WorldModel(
-        TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["latent"]),
-        TensorDictModule(
-            Dynamics(hidden), in_keys=["latent", "action"], out_keys=[("next", "latent")]
-        ),
-        TensorDictModule(
-            mlp(LATENT, hidden, 1), in_keys=[("next", "latent")], out_keys=[("next", "reward")]
-        ),
-    )
-    policy = TensorDictModule(mlp(LATENT, hidden, ACTION), in_keys=["latent"], out_keys=["action"])
-    base = _Specs(batch, {"latent": LATENT}, ACTION, "cpu")
-    env = fastwm.WorldModelEnv(world_model, base, observation_spec=base.observation_spec.clone())
+    parts = MLPWorldModel(LATENT, hidden, ACTION).parts()
+    policy, carry = parts.policy, {"latent": LATENT}
+    env = environment(parts, carry, ACTION, batch, "cpu", fastwm.WorldModel, fastwm.WorldModelEnv)
     start = TensorDict({"latent": torch.randn(batch, LATENT)}, [batch])
     report = fastwm.check_parity(env, policy, start, STEPS, gradients=grad)
     assert report.ok, report
@@ -92,13 +67,8 @@ def main() -> None:
                 }  # fmt: skip
                 with options.results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                print(
-                    hidden,
-                    batch,
-                    "gradients" if grad else "forward",
-                    row["ms"],
-                    row["captured_over_fused"],
-                )
+                what = "gradients" if grad else "forward"
+                print(hidden, batch, what, row["ms"], row["captured_over_fused"])
 
 
 if __name__ == "__main__":

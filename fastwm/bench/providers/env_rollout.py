@@ -15,8 +15,9 @@ from torchrl.envs import EnvBase
 from fastwm.bench.problem import Problem, gradients
 from fastwm.bench.providers import torch_compile
 from fastwm.bench.providers.base import Built, Unavailable
+from fastwm.bench.suites import Parts
 
-__all__ = ["fastwm", "torchrl"]
+__all__ = ["environment", "fastwm", "torchrl"]
 
 
 class _Specs(EnvBase):
@@ -46,23 +47,29 @@ class _Specs(EnvBase):
         raise NotImplementedError("this env only holds specs")
 
 
-def _built(problem: Problem, world_model_class: Any, env_class: Any) -> Built:
-    suite, device, parts = problem.suite, problem.device, problem.model.parts()
-    first = next(iter(suite.carry))
+def environment(
+    parts: Parts, carry: Mapping[str, int], action: int, batch: int, device: Any,
+    world_model_class: Any, env_class: Any,
+) -> Any:  # fmt: skip
+    """An env of ``env_class`` that imagines with these modules."""
+    first = next(iter(carry))
     world_model = world_model_class(
         # Needed by the constructor; an imagined rollout never encodes.
         TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=[first]),
         parts.dynamics,
         parts.reward,
     )
-    policy = parts.policy
-    base_env = _Specs(problem.batch, suite.carry, suite.action, device)
-    env = env_class(
-        world_model,
-        base_env,
-        observation_spec=base_env.observation_spec.clone(),
-        latent_key=first,
+    base_env = _Specs(batch, carry, action, device)
+    specs = base_env.observation_spec.clone()
+    return env_class(world_model, base_env, observation_spec=specs, latent_key=first)
+
+
+def _built(problem: Problem, world_model_class: Any, env_class: Any) -> Built:
+    suite, device, parts = problem.suite, problem.device, problem.model.parts()
+    env = environment(
+        parts, suite.carry, suite.action, problem.batch, device, world_model_class, env_class
     )
+    policy = parts.policy
     rows, steps = (problem.batch, problem.horizon), problem.horizon
 
     def imagine() -> TensorDictBase:

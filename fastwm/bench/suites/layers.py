@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor, TanhNormal
 
 __all__ = [
-    "GaussianActor", "TwoHot", "jax_gru", "jax_mlp", "jax_norm", "jax_softplus_actor",
+    "GaussianActor", "OfAll", "TwoHot", "jax_gru", "jax_mlp", "jax_norm", "jax_softplus_actor",
     "jax_two_hot", "mlp", "softplus_scale", "tanh_normal", "tanh_normal_policy",
 ]  # fmt: skip
 
@@ -77,6 +77,22 @@ def jax_gru(weights: Mapping[str, Any], prefix: str, x: Any, hidden: Any) -> Any
     reset, update = jax.nn.sigmoid(xr + hr), jax.nn.sigmoid(xz + hz)
     new = jnp.tanh(xn + reset * hn)
     return new + update * (hidden - new)
+
+
+class OfAll(nn.Module):
+    """A network on concatenated inputs.
+
+    Args:
+        last: applied to what the network says.
+    """
+
+    def __init__(self, net: nn.Module, last: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net, self.last = net, last
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        x = self.net(torch.cat(inputs, -1))
+        return x if self.last is None else self.last(x)
 
 
 class GaussianActor(nn.Module):

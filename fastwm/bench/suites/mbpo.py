@@ -1,8 +1,9 @@
 """``mbpo``: an ensemble of seven probabilistic networks on observations, as in PETS and MBPO.
 
 Each row of each step is sent on by a member drawn at random, and its change and reward are drawn
-from the Gaussian that this member gives. All implementations compute all members and then pick,
-which is seven times the products that the result needs; the floor counts the needed ones.
+from the Gaussian that this member gives. As they are written, all implementations compute all
+members and then pick, seven times the products that the result needs; the floor counts the needed
+ones, which are all that the fused engine computes.
 """
 
 from __future__ import annotations

@@ -5,27 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from fastwm.bench.suites.base import Model, Parts, Suite, linear_macs, normal_start
-from fastwm.bench.suites.layers import jax_mlp, mlp
+from fastwm.bench.suites.layers import OfAll, jax_mlp, mlp
 
 __all__ = ["MLPWorldModel", "suite"]
 
 LATENT, HIDDEN, ACTION = 64, 256, 6
-
-
-class _LatentAndAction(nn.Module):
-    """The dynamics: concatenate, then an MLP."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, latent: Tensor, action: Tensor) -> Tensor:
-        return self.net(torch.cat((latent, action), -1))
 
 
 class MLPWorldModel(Model):
@@ -42,7 +30,7 @@ class MLPWorldModel(Model):
     def __init__(self, latent: int = LATENT, hidden: int = HIDDEN, action: int = ACTION) -> None:
         super().__init__()
         self.policy = mlp((latent, hidden, hidden, action), nn.SiLU)
-        self.dynamics = _LatentAndAction(mlp((latent + action, hidden, hidden, latent), nn.SiLU))
+        self.dynamics = OfAll(mlp((latent + action, hidden, hidden, latent), nn.SiLU))
         self.reward = mlp((latent, hidden, hidden, 1), nn.SiLU)
 
     def step(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:

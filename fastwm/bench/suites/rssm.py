@@ -20,6 +20,7 @@ from fastwm.bench.suites.base import (
 )
 from fastwm.bench.suites.layers import (
     GaussianActor,
+    OfAll,
     jax_gru,
     jax_mlp,
     jax_softplus_actor,
@@ -29,7 +30,7 @@ from fastwm.bench.suites.layers import (
     tanh_normal_policy,
 )
 
-__all__ = ["RSSMWorldModel", "suite"]
+__all__ = ["BeliefAndState", "RSSMWorldModel", "suite"]
 
 BELIEF, STATE, HIDDEN, ACTION = 200, 30, 200, 6
 
@@ -49,26 +50,12 @@ class _Prior(nn.Module):
         return belief, mean + softplus_scale(raw) * torch.randn_like(mean)
 
 
-class _OfBoth(nn.Module):
-    """A head on belief and state."""
+class BeliefAndState(Model):
+    """A step of actor, prior and reward head on belief and state."""
 
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, belief: Tensor, state: Tensor) -> Tensor:
-        return self.net(torch.cat((belief, state), -1))
-
-
-class RSSMWorldModel(Model):
-    """Prior, actor and reward head, all with 200 ELU units."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        wide = (BELIEF + STATE, HIDDEN, HIDDEN)
-        self.policy = GaussianActor(mlp((*wide, 2 * ACTION), nn.ELU), softplus_scale)
-        self.dynamics = _Prior()
-        self.reward = _OfBoth(mlp((*wide, 1), nn.ELU))
+    policy: GaussianActor
+    dynamics: nn.Module
+    reward: OfAll
 
     def step(self, belief: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         action = tanh_normal(*self.policy(belief, state))
@@ -83,6 +70,17 @@ class RSSMWorldModel(Model):
             TensorDictModule(self.reward, following, [("next", "reward")]),
             tanh_normal_policy(self.policy, carry),
         )
+
+
+class RSSMWorldModel(BeliefAndState):
+    """Prior, actor and reward head, all with 200 ELU units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        wide = (BELIEF + STATE, HIDDEN, HIDDEN)
+        self.policy = GaussianActor(mlp((*wide, 2 * ACTION), nn.ELU), softplus_scale)
+        self.dynamics = _Prior()
+        self.reward = OfAll(mlp((*wide, 1), nn.ELU))
 
 
 def _draws(batch: int) -> tuple[Tensor, ...]:

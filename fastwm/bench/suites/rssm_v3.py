@@ -15,14 +15,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastwm.bench.suites.base import Model, Parts, Suite, activations_of, linear_macs
+from fastwm.bench.suites.base import Model, Suite, activations_of, linear_macs
 from fastwm.bench.suites.layers import (
     BINS,
     GaussianActor,
+    OfAll,
     TwoHot,
     jax_gru,
     jax_mlp,
@@ -31,10 +31,9 @@ from fastwm.bench.suites.layers import (
     jax_two_hot,
     mlp,
     softplus_scale,
-    tanh_normal,
-    tanh_normal_policy,
 )
 from fastwm.bench.suites.noise import reseed
+from fastwm.bench.suites.rssm import BeliefAndState
 
 __all__ = ["RSSMv3WorldModel", "suite"]
 
@@ -69,19 +68,10 @@ class _Prior(nn.Module):
         return belief, (drawn + (probs - probs.detach())).flatten(-2)
 
 
-class _OfBoth(nn.Module):
-    """A head on belief and state."""
-
-    def __init__(self, net: nn.Module, last: nn.Module) -> None:
-        super().__init__()
-        self.net, self.last = net, last
-
-    def forward(self, belief: Tensor, state: Tensor) -> Tensor:
-        return self.last(self.net(torch.cat((belief, state), -1)))
-
-
-class RSSMv3WorldModel(Model):
+class RSSMv3WorldModel(BeliefAndState):
     """Prior, actor and two-hot reward head, all with 512 SiLU units behind LayerNorms."""
+
+    dynamics: _Prior
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,21 +79,7 @@ class RSSMv3WorldModel(Model):
         net = mlp((*wide, 2 * ACTION), nn.SiLU, norm=True, last=0.1)
         self.policy = GaussianActor(net, softplus_scale)
         self.dynamics = _Prior()
-        self.reward = _OfBoth(mlp((*wide, BINS), nn.SiLU, norm=True, last=0.1), TwoHot())
-
-    def step(self, belief: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        action = tanh_normal(*self.policy(belief, state))
-        belief, state = self.dynamics(belief, state, action)
-        return action, belief, state, self.reward(belief, state)
-
-    def parts(self) -> Parts:
-        carry = ["belief", "state"]
-        following = [("next", key) for key in carry]
-        return Parts(
-            TensorDictModule(self.dynamics, [*carry, "action"], following),
-            TensorDictModule(self.reward, following, [("next", "reward")]),
-            tanh_normal_policy(self.policy, carry),
-        )
+        self.reward = OfAll(mlp((*wide, BINS), nn.SiLU, norm=True, last=0.1), TwoHot())
 
 
 def _draws(batch: int) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from fastwm.bench.suites.base import Model, Parts, Suite, activations_of, linear_macs
-from fastwm.bench.suites.layers import BINS, TwoHot, jax_mlp, jax_two_hot, mlp
+from fastwm.bench.suites.layers import BINS, OfAll, TwoHot, jax_mlp, jax_two_hot, mlp
 
 __all__ = ["TDMPC2WorldModel", "suite"]
 
@@ -23,15 +23,6 @@ class _SimNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, GROUP)).softmax(-1).flatten(-2)
-
-
-class _LatentAndAction(nn.Module):
-    def __init__(self, net: nn.Module, last: nn.Module) -> None:
-        super().__init__()
-        self.net, self.last = net, last
-
-    def forward(self, latent: Tensor, action: Tensor) -> Tensor:
-        return self.last(self.net(torch.cat((latent, action), -1)))
 
 
 class _Prior(nn.Module):
@@ -57,8 +48,8 @@ class TDMPC2WorldModel(Model):
             return mlp((inputs, HIDDEN, HIDDEN, outputs), nn.Mish, norm=True, last=last)
 
         self.policy = _Prior(net(LATENT, 2 * ACTION, 0.1))
-        self.dynamics = _LatentAndAction(net(LATENT + ACTION, LATENT), _SimNorm())
-        self.reward = _LatentAndAction(net(LATENT + ACTION, BINS, 0.1), TwoHot())
+        self.dynamics = OfAll(net(LATENT + ACTION, LATENT), _SimNorm())
+        self.reward = OfAll(net(LATENT + ACTION, BINS, 0.1), TwoHot())
 
     def step(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         action = self.policy(latent)
