@@ -457,14 +457,15 @@ void product(const Product<T>& p) {
 // ------------------------------------------------------------------ sums of outer products
 
 template <typename T, int MI, int NV>
-FASTWM_INLINE void outer_block(int64_t rows, const T* a, int64_t lda, const T* b, int64_t ldb, T* sum, int64_t ld) {
+FASTWM_INLINE void outer_block(int64_t rows, const T* a, int64_t lda, const T* b, int64_t ldb, T* sum, int64_t ld,
+                             bool first) {
   constexpr int lanes = Lanes<T>::count;
   Vec<T> acc[MI][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < MI; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
-      acc[i][j] = load<T>(sum + i * ld + j * lanes);
+      acc[i][j] = first ? spread<T>(0) : load<T>(sum + i * ld + j * lanes);
     }
   }
   for (int64_t r = 0; r < rows; ++r) {
@@ -493,46 +494,48 @@ FASTWM_INLINE void outer_block(int64_t rows, const T* a, int64_t lda, const T* b
 
 template <typename T, int NV, int MI>
 __attribute__((noinline)) void outer_rest(int64_t m, int64_t rows, const T* a, int64_t lda, const T* b, int64_t ldb,
-                                          T* sum, int64_t ld) {
+                                          T* sum, int64_t ld, bool first) {
   if constexpr (MI > 0) {
     if (m == MI) {
-      return outer_block<T, MI, NV>(rows, a, lda, b, ldb, sum, ld);
+      return outer_block<T, MI, NV>(rows, a, lda, b, ldb, sum, ld, first);
     }
-    outer_rest<T, NV, MI - 1>(m, rows, a, lda, b, ldb, sum, ld);
+    outer_rest<T, NV, MI - 1>(m, rows, a, lda, b, ldb, sum, ld, first);
   }
 }
 
 template <typename T, int NV>
-void outer_panel(int64_t rows, int64_t m, const T* a, int64_t lda, const T* b, int64_t ldb, T* sum, int64_t ld) {
+void outer_panel(int64_t rows, int64_t m, const T* a, int64_t lda, const T* b, int64_t ldb, T* sum, int64_t ld,
+                 bool first) {
   constexpr int64_t MI = rows_of(NV);
   const int64_t blocks = (m + MI - 1) / MI;
   int64_t i = 0;
   for (int64_t k = 0; k < blocks; ++k) {
     const int64_t count = (m - i + blocks - k - 1) / (blocks - k);
     if (count == MI) {
-      outer_block<T, MI, NV>(rows, a + i, lda, b, ldb, sum + i * ld, ld);
+      outer_block<T, MI, NV>(rows, a + i, lda, b, ldb, sum + i * ld, ld, first);
     } else {
-      outer_rest<T, NV, MI - 1>(count, rows, a + i, lda, b, ldb, sum + i * ld, ld);
+      outer_rest<T, NV, MI - 1>(count, rows, a + i, lda, b, ldb, sum + i * ld, ld, first);
     }
     i += count;
   }
 }
 
 template <typename T>
-void outer(int64_t rows, int64_t m, int64_t n, const T* a, int64_t lda, const T* b, int64_t ldb, T* sum, int64_t ld) {
+void outer(int64_t rows, int64_t m, int64_t n, const T* a, int64_t lda, const T* b, int64_t ldb, T* sum, int64_t ld,
+           bool first) {
   const int64_t count = panels<T>(n);
   for (int64_t i = 0; i < count; ++i) {
     const Panel panel = panel_of<T>(n, i);
     const int64_t column = panel.first * Lanes<T>::count;
     switch (panel.nv) {
-      case 1: outer_panel<T, 1>(rows, m, a, lda, b + column, ldb, sum + column, ld); break;
+      case 1: outer_panel<T, 1>(rows, m, a, lda, b + column, ldb, sum + column, ld, first); break;
 #if defined(__AVX512F__) || defined(__AVX2__)
-      case 3: outer_panel<T, 3>(rows, m, a, lda, b + column, ldb, sum + column, ld); break;
+      case 3: outer_panel<T, 3>(rows, m, a, lda, b + column, ldb, sum + column, ld, first); break;
 #endif
 #if defined(__AVX512F__)
-      case 4: outer_panel<T, 4>(rows, m, a, lda, b + column, ldb, sum + column, ld); break;
+      case 4: outer_panel<T, 4>(rows, m, a, lda, b + column, ldb, sum + column, ld, first); break;
 #endif
-      default: outer_panel<T, 2>(rows, m, a, lda, b + column, ldb, sum + column, ld); break;
+      default: outer_panel<T, 2>(rows, m, a, lda, b + column, ldb, sum + column, ld, first); break;
     }
   }
 }

@@ -85,9 +85,9 @@ struct Kernels {
                           const T* w, T eps, T* out, int64_t ldo);
   void (*product)(const Product<T>& p);
   // sum[i][j] += sum over rows of a[r][i] * b[r][j], i < m, j < padded(n); sum has row stride ld, a whole number of
-  // vectors.
+  // vectors. `first`: there is nothing in it yet.
   void (*outer)(int64_t rows, int64_t m, int64_t n, const T* a, int64_t lda, const T* b, int64_t ldb, T* sum,
-                int64_t ld);
+                int64_t ld, bool first);
   void (*add_rows)(int64_t rows, int64_t width, const T* x, int64_t ldx, T* sum); // sum[j] += sum of x[r][j]
   int64_t (*packed_size)(int64_t k, int64_t n); // in elements
   void (*pack)(const Matrix<T>& from, T* to);

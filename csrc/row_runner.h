@@ -141,11 +141,25 @@ void elements(Kind kind, const void* data, int64_t first, int64_t count, T* to) 
   }
 }
 
+// A sum as one group of rows takes it. It is zero without having been written: what comes first is stored, not added.
+template <typename T>
+struct Sum {
+  T* at;
+  int64_t elements;
+  bool begun = false;
+
+  T* zeroed() {
+    if (!std::exchange(begun, true)) {
+      std::memset(at, 0, sizeof(T) * elements);
+    }
+    return at;
+  }
+};
+
 template <typename T>
 class Tile {
  public:
-  Tile(const Shared<T>& shared, T* memory, std::vector<T*> sums)
-      : s_(shared), k_(shared.kernels), sums_(std::move(sums)) {
+  Tile(const Shared<T>& shared, T* memory, std::vector<Sum<T>>& sums) : s_(shared), k_(shared.kernels), sums_(sums) {
     const Header& h = *s_.program.header;
     const int64_t rows = s_.tile, many = s_.tile * s_.chunk;
     chunk_ = memory;
@@ -406,15 +420,20 @@ class Tile {
     const int64_t groups = instr.attribute(2), k = instr.attribute(3), n = instr.attribute(4);
     const bool own = instr.code() == Code::kGroupedOuter, alike = instr.attribute(5) != 0;
     const Place &x = instr.operand(0), &g = instr.operand(1);
-    T* to = sums_[instr.attribute(0)];
+    const int64_t height = nk ? n : k;
+    Sum<T>& target = sums_[instr.attribute(0)];
+    bool first = !target.begun && height * (own ? groups : 1) == sum.rows; // it is written whole
+    T* to = first ? target.at : target.zeroed();
+    target.begun = true;
     for (int64_t i = 0; i < groups; ++i) {
       add_outer(nk, rows_, k, n, at(x) + (alike ? 0 : i * k), x.ld, at(g) + i * n, g.ld,
-                to + (own ? i * (nk ? n : k) * padded(sum.columns) : 0), padded(sum.columns), groups > 1);
+                to + (own ? i * height * padded(sum.columns) : 0), padded(sum.columns), first, groups > 1);
+      first = first && own;
     }
   }
 
   void add_outer(bool nk, int64_t rows, int64_t k, int64_t n, const T* x, int64_t ldx, const T* g, int64_t ldg, T* to,
-                 int64_t ld, bool parts) const {
+                 int64_t ld, bool first, bool parts) const {
     const T *a = nk ? g : x, *b = nk ? x : g;
     int64_t lda = nk ? ldg : ldx, ldb = nk ? ldx : ldg;
     const int64_t m = nk ? n : k, w = nk ? k : n;
@@ -424,12 +443,12 @@ class Tile {
       ldb = padded(w);
     }
     if (s_.team == nullptr || m * w < kSharedProduct) {
-      return k_.outer(rows, m, w, a, lda, b, ldb, to, ld);
+      return k_.outer(rows, m, w, a, lda, b, ldb, to, ld, first);
     }
     const int64_t height = (m + s_.team->threads() - 1) / s_.team->threads();
     s_.team->run((m + height - 1) / height, [&](int64_t part) {
-      const int64_t first = part * height;
-      k_.outer(rows, std::min(height, m - first), w, a + first, lda, b, ldb, to + first * ld, ld);
+      const int64_t top = part * height;
+      k_.outer(rows, std::min(height, m - top), w, a + top, lda, b, ldb, to + top * ld, ld, first);
     });
   }
 
@@ -443,15 +462,15 @@ class Tile {
     each_member(index, members, [&](int64_t member, int64_t count) {
       gather(count, at(x), x.ld, k, a, padded(k));
       gather(count, at(g), g.ld, n, b, padded(n));
-      T* to = sums_[instr.attribute(0)] + member * (nk ? n : k) * padded(sum.columns);
-      add_outer(nk, count, k, n, a, padded(k), b, padded(n), to, padded(sum.columns), false);
+      T* to = sums_[instr.attribute(0)].zeroed() + member * (nk ? n : k) * padded(sum.columns);
+      add_outer(nk, count, k, n, a, padded(k), b, padded(n), to, padded(sum.columns), false, false);
     });
   }
 
   void row_sum(const Instr& instr) const {
     const SumEntry& sum = s_.program.sums[instr.attribute(0)];
     const Place& g = instr.operand(0);
-    T* to = sums_[instr.attribute(0)];
+    T* to = sums_[instr.attribute(0)].zeroed();
     if (instr.code() == Code::kMemberRowSum) {
       const Place& index = instr.operand(1);
       for (int64_t r = 0; r < rows_; ++r) {
@@ -646,7 +665,7 @@ class Tile {
 
   const Shared<T>& s_;
   const Kernels<T>& k_;
-  std::vector<T*> sums_; // where each sum of this tile's group is taken
+  std::vector<Sum<T>>& sums_; // of this tile's group
   T *chunk_, *batch_, *loop_, *persist_, *scratch_;
   int32_t* indices_;
   int64_t first_ = 0, height_ = 0, start_ = 0, step_ = -1, rows_ = 0;
@@ -774,12 +793,11 @@ int64_t run(const Program& program, const double* immediates, const int64_t* map
   }
   auto direct = [&](const SumEntry& e) { return blocks == 1 && e.columns % kPad == 0; };
   auto sums_of = [&](int64_t group) {
-    std::vector<T*> found;
+    std::vector<Sum<T>> found;
     for (int64_t i = 0; i < h.sums; ++i) {
       const SumEntry& e = program.sums[i];
       T* to = direct(e) ? static_cast<T*>(outputs[e.tensor]) : sums + group * h.sum_elements + e.offset;
-      std::memset(to, 0, sizeof(T) * e.rows * padded(e.columns));
-      found.push_back(to);
+      found.push_back({to, e.rows * padded(e.columns)});
     }
     return found;
   };
@@ -787,10 +805,14 @@ int64_t run(const Program& program, const double* immediates, const int64_t* map
     thread_local Scratch memory;
     T* room = static_cast<T*>(memory.get(Tile<T>::bytes(h, shared.tile, shared.chunk)));
     for (int64_t g = begin; g < end; ++g) {
-      Tile<T> tile(shared, room, sums_of(g));
+      std::vector<Sum<T>> taken = sums_of(g);
+      Tile<T> tile(shared, room, taken);
       const int64_t last = std::min(rows, (g + 1) * per_group);
       for (int64_t first = g * per_group; first < last; first += shared.tile) {
         tile.run(first, std::min(shared.tile, last - first));
+      }
+      for (Sum<T>& sum : taken) {
+        sum.zeroed(); // those that nothing was added to
       }
     }
     memory.trim();
@@ -809,7 +831,9 @@ int64_t run(const Program& program, const double* immediates, const int64_t* map
     Threads::parallel_for(0, groups, 1, work);
   }
   if (groups == 0) {
-    sums_of(0);
+    for (Sum<T>& sum : sums_of(0)) {
+      sum.zeroed();
+    }
   }
   const int64_t at_a_time = h.sum_elements * blocks > (1 << 18) ? 1 : h.sums + 1;
   Threads::parallel_for(0, h.sums, at_a_time, [&](int64_t begin, int64_t end) {

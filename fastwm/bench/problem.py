@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -103,8 +104,9 @@ class Problem:
             steps = [draws(self.batch) for _ in range(self.horizon)]
         return [torch.stack(drawn) for drawn in zip(*steps, strict=True)]
 
+    @cached_property
     def leaves(self) -> dict[str, Tensor]:
-        """Everything that gets a gradient, by name."""
+        """Everything that gets a gradient, by name: found once, so that no provider is timed looking."""
         of_start = {f"start.{key}": value for key, value in self.start.items()}
         return {**dict(self.model.named_parameters()), **of_start}
 
@@ -113,7 +115,7 @@ def gradients(problem: Problem, outputs: dict[str, Tensor]) -> dict[str, Tensor]
     """``outputs`` and, in a backward problem, every gradient under ``"grad/<name>"``."""
     if not problem.backward:
         return outputs
-    names, leaves = zip(*problem.leaves().items(), strict=True)
+    names, leaves = zip(*problem.leaves.items(), strict=True)
     heads = list(problem.cotangents)
     found = torch.autograd.grad(
         [outputs[h] for h in heads], leaves, [problem.cotangents[h] for h in heads]

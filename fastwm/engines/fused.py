@@ -15,6 +15,7 @@ from fastwm.engines.fused_gradient import GradientMode
 from fastwm.nvtx import annotate
 from fastwm.ops.library import cpu_library
 from fastwm.row_program.executor import Executor
+from fastwm.row_program.fresh import Fresh
 from fastwm.row_program.kinds import dtype_name, dtype_of, kind_of
 from fastwm.row_program.lowering import Lowered, NotLowerable, lower
 from fastwm.row_program.passes import fuse_act
@@ -128,7 +129,11 @@ class FusedLoop:
         self.as_written = all(
             dtype is dtype_of(kind_of(dtype), program.dtype) for _, dtype in lowered.casts.values()
         )
-        self._sizes: dict[int, list[tuple[tuple[int, ...], torch.dtype]]] = {}
+        casts = list(lowered.casts.values())
+        #: Fresh tensors for the results of so many steps, in the shapes that the caller gets.
+        self.fresh = Fresh(
+            lambda steps: [((*self.batch, steps, *inner), dtype) for inner, dtype in casts]
+        )
 
     # -- making executors
 
@@ -287,17 +292,6 @@ class FusedLoop:
         if reshape or not self.as_written or self.lowered.passed:
             return self._named(results, inputs, steps)
         return dict(zip(self._paths, results, strict=True))
-
-    def fresh(self, steps: int) -> list[torch.Tensor]:
-        """Tensors for the results, in the shapes that the caller gets."""
-        sizes = self._sizes.get(steps)
-        if sizes is None:
-            if len(self._sizes) > 64:
-                self._sizes.clear()
-            casts = self.lowered.casts.values()
-            sizes = [((*self.batch, steps, *inner), dtype) for inner, dtype in casts]
-            self._sizes[steps] = sizes
-        return [torch.empty(size, dtype=dtype) for size, dtype in sizes]
 
     def _save_all(self, horizon: int) -> bool:
         width = self._mode(save_all=True).tape_width

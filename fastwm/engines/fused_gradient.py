@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ class GradientMode:
         self.fixed = [i for i, n in enumerate(names) if n not in set(self.floats)]
         self.fixed_first = [i for i, n in enumerate(names) if n not in first]
         self.major = {i for i, n in enumerate(self.inputs) if n in loop.time_major}
-        self.pool: list[torch.Tensor] | None = [] if pooled else None
+        self.pool: list[Tape] | None = [] if pooled else None
 
     def run(self, tensors: Sequence[torch.Tensor], steps: int) -> tuple[list[torch.Tensor], int]:
         """The outputs, and as :meth:`Executor.run` when a check failed."""
@@ -78,15 +79,11 @@ class GradientMode:
             outputs = loop.fresh(steps)
         else:
             outputs = self.forward.empty(loop.rows, steps)[: self.count]
-        dtype, rows = loop.program.dtype, loop.rows
-        sizes = [(rows, steps, *type.shape) for type in self.tape]
         if self.pool is None or any(type.kind != "float" for type in self.tape):
-            tape = self.forward.empty(rows, steps)[self.count :]
-            return outputs, tape, None
-        total = sum(type.width for type in self.tape) * rows * steps
-        lease = Lease(self.pool, total, dtype)
-        pieces = lease.memory[:total].split([type.width * rows * steps for type in self.tape])
-        return outputs, [t.view(size) for t, size in zip(pieces, sizes, strict=True)], lease
+            return outputs, self.forward.empty(loop.rows, steps)[self.count :], None
+        shapes = [type.shape for type in self.tape]
+        lease = Lease(self.pool, loop.rows, steps, shapes, loop.program.dtype)
+        return outputs, lease.tape.values, lease
 
     def backward(self, given: frozenset[int]) -> BackwardPlan:
         """The backward program for gradients of these outputs alone."""
@@ -136,24 +133,45 @@ class GradientMode:
         )  # fmt: skip
 
 
-class Lease:
-    """Memory for a tape, given back when the graph that holds it goes: fresh memory costs page faults."""
+class Tape:
+    """Memory for what a forward run saves, and the saved values' places in it."""
 
-    def __init__(self, pool: list[torch.Tensor], size: int, dtype: torch.dtype) -> None:
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        self.memory = torch.empty(size, dtype=dtype, device="cpu")
+        self.steps = -1
+        self.values: list[torch.Tensor] = []
+
+    def lay(self, rows: int, steps: int, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Places for values ``[rows, steps, *shape]``, one after the other."""
+        if steps != self.steps:
+            sizes = [rows * steps * math.prod(shape) for shape in shapes]
+            pieces = self.memory[: sum(sizes)].split(sizes)
+            laid = zip(pieces, shapes, strict=True)
+            self.values = [piece.view(rows, steps, *shape) for piece, shape in laid]
+            self.steps = steps
+
+
+class Lease:
+    """A tape, given back when the graph that holds it goes: fresh memory costs page faults."""
+
+    def __init__(
+        self, pool: list[Tape], rows: int, steps: int, shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        size = rows * steps * sum(map(math.prod, shapes))
         self.pool = pool
-        self.memory = torch.empty(0, dtype=dtype)
-        while True:  # other threads take from it, too
+        tape = None
+        while tape is None or tape.memory.numel() < size:  # other threads take from it, too
             try:
-                self.memory = pool.pop()
+                tape = pool.pop()
             except IndexError:
-                break
-            if self.memory.numel() >= size:
-                return
-        self.memory = torch.empty(size, dtype=dtype)
+                tape = Tape(size, dtype)
+        self.tape = tape
+        tape.lay(rows, steps, shapes)
 
     def __del__(self) -> None:
         if len(self.pool) < 2:
-            self.pool.append(self.memory)
+            self.pool.append(self.tape)
 
 
 class Rollout(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 
 from fastwm.ops.row_program import row_program_op
 from fastwm.row_program.encode import encode
+from fastwm.row_program.fresh import Fresh
 from fastwm.row_program.kinds import dtype_of
 from fastwm.row_program.program import Program
 
@@ -76,16 +77,22 @@ class Executor:
         self._prints = torch.zeros(encoded.matrices + 1, dtype=torch.int64)
         self._lock = threading.Lock()  # packed room is written at the start of a call
         kinds = dict(kinds or {})
-        self._made: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+        made: list[tuple[str, tuple[int, ...], torch.dtype]] = []
         for name in encoded.outputs:
             type = program.type(program.outputs[name])
-            dtype = dtype_of(kinds.get(name, type.kind), program.dtype)
-            self._made.append(("output", type.shape, dtype))
+            made.append(("output", type.shape, dtype_of(kinds.get(name, type.kind), program.dtype)))
         for name in encoded.finals:
             type = program.type(program.inputs[name].val)
-            self._made.append(("final", type.shape, program.dtype))
+            made.append(("final", type.shape, program.dtype))
         for name in encoded.sums:
-            self._made.append(("sum", program.sums[name].shape, program.dtype))
+            made.append(("sum", program.sums[name].shape, program.dtype))
+
+        def sizes(rows: int, steps: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+            lead = {"output": (rows, steps), "final": (rows,), "sum": ()}
+            return [((*lead[what], *shape), dtype) for what, shape, dtype in made]
+
+        #: Fresh tensors for the results of ``rows`` rows and ``steps`` steps.
+        self.empty = Fresh(sizes)
 
     def packed_bytes(self) -> int:
         """Memory held for packed matrices."""
@@ -129,10 +136,3 @@ class Executor:
                 list(inputs), outputs, rows, steps, reverse, self.bf16, self._isa,
             )  # fmt: skip
         return outputs, failed
-
-    def empty(self, rows: int, steps: int) -> list[torch.Tensor]:
-        """Fresh tensors for the results."""
-        shapes = {"output": (rows, steps), "final": (rows,), "sum": ()}
-        return [
-            torch.empty((*shapes[what], *shape), dtype=dtype) for what, shape, dtype in self._made
-        ]

@@ -34,7 +34,7 @@ def test_every_provider_gives_the_same_numbers(name: str, direction: str) -> Non
     expected = {k: v.detach() for k, v in reference.read(reference.checked()).items()}
     keys = {*the(name).outputs}
     if problem.backward:
-        keys |= {f"grad/{leaf}" for leaf in problem.leaves()}
+        keys |= {f"grad/{leaf}" for leaf in problem.leaves}
     assert set(expected) == keys
     # A leaf that nothing depends on would hide what its providers do wrong.
     assert all(value.abs().amax() > 0 for value in expected.values())

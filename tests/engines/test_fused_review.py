@@ -242,7 +242,8 @@ def test_a_lease_from_a_pool_that_others_empty() -> None:
         def __bool__(self) -> bool:
             return True
 
-    assert fused_gradient.Lease(Emptied(), 4, torch.float32).memory.numel() == 4
+    lease = fused_gradient.Lease(Emptied(), 1, 1, [(4,)], torch.float32)
+    assert lease.tape.memory.numel() == 4
 
 
 def test_the_tape_is_counted_in_bytes(monkeypatch: Any) -> None:
