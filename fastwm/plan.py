@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from tensordict.nn.utils import skip_existing
 
 from fastwm.assemble import leaves
 from fastwm.engines.captured import CapturedLoop, ChecksFailed
+from fastwm.engines.choice import UNMEASURED
 from fastwm.engines.codegen import step_varying
 from fastwm.engines.cuda_graph import GraphedLoop, graphed_loop
 from fastwm.engines.fused import FusedLoop, NotFusible
@@ -80,6 +82,7 @@ class Plan:
         draws: the step takes random numbers.
         graphed: the loop behind CUDA graphs, where they apply.
         uncompiled: why the step is not compiled although that was asked for.
+        fuse: makes ``fused``, where that is put off until somebody asks for it by name.
         fused: the step as a row program, where it is one.
         unfused: why it is not.
     """
@@ -93,6 +96,7 @@ class Plan:
     constants: list[torch.Tensor] = field(default_factory=list)
     kinds: list[tuple] = field(default_factory=list)
     draws: bool = False
+    fuse: Callable[[], None] | None = None
     fused: FusedLoop | None = None
     unfused: str = ""
 
@@ -413,7 +417,11 @@ def _make(
             )
             _verify(env, plan, td, feed, results, stop)
         plan.graphed = graphed_loop(plan.loop, next(iter(results[0].values())).device)
-        _fuse(env, plan, td, feed, results, wants)
+        fuse = partial(_fuse, env, plan, td, feed, results, wants)
+        if next(iter(results[0].values())).device.type == "cpu":
+            fuse()
+        else:  # its kernels take seconds to compile, and "auto" does not run them
+            plan.fuse, plan.unfused = fuse, UNMEASURED
         return plan
     except StateChanges as reason:
         # Once may be a cache that fills itself; a step that does it again is left to the eager path.

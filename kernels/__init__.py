@@ -13,14 +13,18 @@ from typing import Any, NamedTuple
 
 __all__ = ["MODULES", "Build"]
 
-MODULES = ("lambda_return",)
+MODULES = ("lambda_return", "row_program")
 
 
 class Build(NamedTuple):
-    """One specialisation of a kernel, as ``python -m fastwm.kernels.aot`` compiles it."""
+    """One specialisation of a kernel, as ``python -m fastwm.kernels.aot`` compiles it.
+
+    ``spills`` is how many bytes of registers it may spill, stores and loads together.
+    """
 
     variant: str
     kernel: Any
     signature: dict[str, str]
     constexprs: dict[str, Any]
     options: dict[str, Any]
+    spills: int = 0

@@ -31,8 +31,13 @@ __all__ = ["SHARED_LIMIT", "compile_all", "faults", "main"]
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 
 
-def compile_all(capabilities: tuple[int, ...] = tuple(SHARED_LIMIT)) -> Iterator[dict[str, Any]]:
+def compile_all(
+    capabilities: tuple[int, ...] = tuple(SHARED_LIMIT), match: str = ""
+) -> Iterator[dict[str, Any]]:
     """Compile every build of every kernel file for each compute capability; yield a row each.
+
+    Args:
+        match: only builds in whose kernel and variant this regular expression is found.
 
     Raises:
         RuntimeError: Triton's interpreter is on, in which kernels are Python functions and nothing
@@ -47,6 +52,8 @@ def compile_all(capabilities: tuple[int, ...] = tuple(SHARED_LIMIT)) -> Iterator
         for name in MODULES:
             module = importlib.import_module(f"fastwm.kernels.{name}")
             for build in module.builds():
+                if not re.search(match, f"{build.kernel.fn.__name__} {build.variant}"):
+                    continue
                 for capability in capabilities:
                     yield _compile(build, capability)
 
@@ -54,7 +61,7 @@ def compile_all(capabilities: tuple[int, ...] = tuple(SHARED_LIMIT)) -> Iterator
 def faults(row: dict[str, Any]) -> list[str]:
     """What is wrong with a compiled kernel; nothing, if it is fit to ship."""
     found = []
-    if row["spill_stores"] or row["spill_loads"]:
+    if row["spill_stores"] + row["spill_loads"] > row.get("spill_limit", 0):
         found.append(f"spills {row['spill_stores']} + {row['spill_loads']} bytes of registers")
     if row["shared"] > row["shared_limit"]:
         found.append(f"asks for {row['shared']} bytes of shared memory of {row['shared_limit']}")
@@ -77,6 +84,8 @@ def _compile(build: Build, capability: int) -> dict[str, Any]:
         **build.options,
         "registers": _registers(compiled.asm["cubin"]),
         **_spills(compiled.asm["ptx"], build.options.get("enable_fp_fusion", True)),
+        "spill_limit": build.spills,
+        "tensor_core_products": len(re.findall(r"\b(?:mma|wgmma)[.\w]*", compiled.asm["ptx"])),
         "shared": compiled.metadata.shared,
         "shared_limit": SHARED_LIMIT[capability],
         "cubin_bytes": len(compiled.asm["cubin"]),
@@ -122,17 +131,18 @@ def main(argv: list[str] | None = None) -> int:
         "--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=[*SHARED_LIMIT]
     )
     parser.add_argument("--record", type=Path, help="write the rows to this file")
+    parser.add_argument("--match", default="", help="only kernels and variants that hold this")
     args = parser.parse_args(argv)
 
     rows = []
     print(
-        f"{'kernel':<26}{'variant':<14}{'arch':<8}{'registers':>9}{'spills':>8}{'shared':>8}{'s':>7}"
+        f"{'kernel':<26}{'variant':<26}{'arch':<8}{'registers':>9}{'spills':>8}{'shared':>8}{'s':>7}"
     )
-    for row in compile_all(tuple(args.arch)):
+    for row in compile_all(tuple(args.arch), args.match):
         rows.append(row)
         spills = row["spill_stores"] + row["spill_loads"]
         print(
-            f"{row['kernel']:<26}{row['variant']:<14}{row['arch']:<8}{row['registers']:>9}"
+            f"{row['kernel']:<26}{row['variant']:<26}{row['arch']:<8}{row['registers']:>9}"
             f"{spills:>8}{row['shared']:>8}{row['compile_s']:>7.2f}"
         )
         for fault in faults(row):

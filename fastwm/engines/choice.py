@@ -12,17 +12,22 @@ from __future__ import annotations
 
 __all__ = ["prefers_captured"]
 
+#: The rule for CUDA, until there are rows that were measured there.
+UNMEASURED = (
+    "not measured on a GPU yet, and so left to the captured engine: backend='fused' asks for it"
+)
 # Elements of all matrices of a step, and rows of a batch.
 MANY_ELEMENTS = 1 << 23
 FEW_ROWS = 8
 
 
-def prefers_captured(elements: int, rows: int, *, gradients: bool) -> str:
+def prefers_captured(elements: int, rows: int, device: str = "cpu", *, gradients: bool) -> str:
     """Why the captured engine is chosen although the fused one could run; "" where it is not.
 
     Args:
         elements: of all matrices that the step multiplies with.
         rows: of the batch.
+        device: its type.
         gradients: whether gradients are wanted.
 
     Example:
@@ -32,6 +37,8 @@ def prefers_captured(elements: int, rows: int, *, gradients: bool) -> str:
         >>> prefers_captured(13_000_000, 1, gradients=True)
         'slower than captured for gradients of 13 million weights with 1 row (see fastwm/engines/choice.py)'
     """
+    if device != "cpu":
+        return UNMEASURED
     if gradients and elements >= MANY_ELEMENTS and rows < FEW_ROWS:
         plural = "" if rows == 1 else "s"
         return (

@@ -1,9 +1,13 @@
-"""The fused engine: the step as a row program, the whole horizon in one call of the C++ library."""
+"""The fused engine: the step as a row program, the whole horizon in one call.
+
+On the CPU that is a call of the C++ library, on CUDA the launch of a Triton kernel.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +18,7 @@ from fastwm.engines.choice import prefers_captured
 from fastwm.engines.fused_gradient import GradientMode
 from fastwm.nvtx import annotate
 from fastwm.ops.library import cpu_library
-from fastwm.row_program.executor import Executor
+from fastwm.row_program.executor import Executor, RowExecutor
 from fastwm.row_program.fresh import Fresh
 from fastwm.row_program.kinds import dtype_name, dtype_of, kind_of
 from fastwm.row_program.lowering import Lowered, NotLowerable, lower
@@ -65,12 +69,8 @@ class FusedLoop:
         wanting: Collection[Any] | None,
         bf16: bool = False,
     ) -> None:
-        for meta in graph.metas.values():
-            if meta.device.type != "cpu":
-                raise NotFusible(f"tensors on {meta.device.type}")
-        library = cpu_library()
-        if not library.loaded:
-            raise NotFusible(library.reason)
+        self.device = device = _device_of(graph)
+        _refuse_device(device, bf16)
         try:
             self.lowered = lowered = lower(graph, carried, fed, dim)
             program = fuse_act(lowered.program)
@@ -96,6 +96,7 @@ class FusedLoop:
         self._direct: list[tuple[int, bool]] | None = None
         if lowered.plain and all(
             constants[u.constant].is_contiguous()
+            and constants[u.constant].device == device
             and constants[u.constant].dtype is dtype_of(u.kind, program.dtype)
             for u in lowered.uniforms
             if u.constant is not None
@@ -107,8 +108,8 @@ class FusedLoop:
         self._modes: dict[Any, GradientMode] = {}
         if bf16 and self.wrt:
             raise NotFusible("bfloat16 weights have no gradients")
-        self._plain: Executor | None = None
-        self._blocks: Executor | None = None
+        self._plain: RowExecutor | None = None
+        self._blocks: RowExecutor | None = None
         try:
             if self.wrt:
                 self._mode(save_all=True)
@@ -122,7 +123,7 @@ class FusedLoop:
             if item.role == "uniform" and len(program.types[item.val.index].shape) > 1
         )
         #: Why "auto" leaves this to the captured engine, if it does.
-        self.slower = prefers_captured(elements, self.rows, gradients=bool(self.wrt))
+        self.slower = prefers_captured(elements, self.rows, device.type, gradients=bool(self.wrt))
         # What every call needs, worked out once.
         self._rows_in = [n for n, i in program.inputs.items() if i.role != "uniform"]
         self._paths = [n[1] for n in lowered.casts]
@@ -132,7 +133,7 @@ class FusedLoop:
         casts = list(lowered.casts.values())
         #: Fresh tensors for the results of so many steps, in the shapes that the caller gets.
         self.fresh = Fresh(
-            lambda steps: [((*self.batch, steps, *inner), dtype) for inner, dtype in casts]
+            lambda steps: [((*self.batch, steps, *inner), dtype) for inner, dtype in casts], device
         )
 
     # -- making executors
@@ -150,15 +151,28 @@ class FusedLoop:
                 found.append(name)
         return found
 
-    def executor(self, program: Program) -> Executor:
+    def executor(self, program: Program) -> RowExecutor:
         """For this program, or for the same with more outputs."""
-        return Executor(program, time_major=self.time_major, kinds=self._kinds, bf16=self.bf16)
+        return self.executor_of(program, self.time_major, self._kinds, bf16=self.bf16)
+
+    def executor_of(
+        self, program: Program, time_major: Collection[Any], kinds: Mapping[Any, str] | None = None,
+        *, bf16: bool = False,
+    ) -> RowExecutor:  # fmt: skip
+        """For any program, on the step's device."""
+        if self.device.type == "cpu":
+            return Executor(program, time_major=time_major, kinds=kinds, bf16=bf16)
+        from fastwm.kernels.row_program import TritonExecutor  # triton is imported on first use
+
+        return TritonExecutor(program, self.device, time_major=time_major, kinds=kinds)
 
     def _mode(self, *, save_all: bool) -> GradientMode:
         """Forward and backward programs that save everything, or that save little and work it out again."""
         if save_all not in self._modes:
             budget = _PLENTY if save_all else self.wanted * _TAPE_SHARE
-            self._modes[save_all] = GradientMode(self, budget, pooled=save_all)
+            # On CUDA torch's own allocator keeps memory, and knows of streams.
+            pooled = save_all and self.device.type == "cpu"
+            self._modes[save_all] = GradientMode(self, budget, pooled=pooled)
         return self._modes[save_all]
 
     def requiring(self, steps: int) -> list[Any]:
@@ -298,12 +312,15 @@ class FusedLoop:
         return width * horizon * self.rows * self.program.dtype.itemsize <= _TAPE_BYTES
 
     def _generators(self) -> list[torch.Generator]:
-        return [torch.default_generator, *self.generators]
+        own = [torch.default_generator, *self.generators]
+        if self.device.type == "cuda":
+            own.append(torch.cuda.default_generators[self.device.index or 0])
+        return own
 
     def _uniforms(self, constants: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if self._direct is not None:
             return [constants[i].detach() if frozen else constants[i] for i, frozen in self._direct]
-        return [t.contiguous() for t in self.lowered.prologue(constants)]
+        return [t.to(self.device).contiguous() for t in self.lowered.prologue(constants)]
 
     def _drawn(self, horizon: int, feed: FeedStep | None) -> dict[Any, torch.Tensor]:
         """Noise and fed actions of all steps, drawn as the steps would have, by input name."""
@@ -317,7 +334,9 @@ class FusedLoop:
             if draw.name is None:
                 calls.append((draw, None))
             elif draw.fill is not None and draw.dtype is self.program.dtype:
-                noise = found[draw.name] = torch.empty((horizon, *draw.shape), dtype=draw.dtype)
+                noise = found[draw.name] = torch.empty(
+                    (horizon, *draw.shape), dtype=draw.dtype, device=self.device
+                )
                 calls.append((draw.fill, noise.unbind(0)))
             else:
                 steps[draw.name] = []
@@ -378,6 +397,32 @@ class FusedLoop:
 
     def __str__(self) -> str:
         return str(self.program)
+
+
+def _device_of(graph: StepGraph) -> torch.device:
+    """The device of the step; single numbers may lie on the CPU all the same, as in eager.
+
+    Raises:
+        NotFusible: tensors on several.
+    """
+    found = {m.device for m in graph.metas.values() if m.shape}
+    found = found or {m.device for m in graph.metas.values()}
+    if len(found) > 1:
+        raise NotFusible(f"tensors on {' and '.join(sorted(map(str, found)))}")
+    return next(iter(found))
+
+
+def _refuse_device(device: torch.device, bf16: bool) -> None:
+    if device.type == "cpu":
+        library = cpu_library()
+        if not library.loaded:
+            raise NotFusible(library.reason)
+    elif device.type != "cuda":
+        raise NotFusible(f"tensors on {device.type}")
+    elif importlib.util.find_spec("triton") is None:
+        raise NotFusible("triton is not installed, which the kernels for CUDA need")
+    elif bf16:
+        raise NotFusible("bfloat16 weights are rounded on the CPU alone")
 
 
 def _never(lowered: Lowered, flag: Any) -> bool:

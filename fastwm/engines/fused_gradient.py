@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastwm.row_program.executor import Executor
+from fastwm.row_program.executor import RowExecutor
 from fastwm.row_program.gradient import Gradient, differentiate
 from fastwm.row_program.kinds import dtype_of
 from fastwm.row_program.reference import interpret
@@ -32,7 +32,7 @@ class BackwardPlan:
     """
 
     gradient: Gradient
-    executor: Executor
+    executor: RowExecutor
     plan: list[tuple[str, Any, torch.dtype]]
     inputs: list[int]
     outputs: list[int]
@@ -101,7 +101,7 @@ class GradientMode:
         for name, source in gradient.saved.items():
             if source.kind == "input" and source.name in self.loop.time_major:
                 major.add(name)
-        executor = Executor(program, time_major=major)
+        executor = self.loop.executor_of(program, major)
         position = {n: i for i, n in enumerate(self.inputs)}
         produced = {n: i for i, n in enumerate(self.names)}
         plan: list[tuple[str, Any, torch.dtype]] = []
@@ -255,7 +255,7 @@ def _gradients(
     order = []
     for what, at, dtype in how.plan:
         if what == "zero":
-            order.append(torch.zeros(at, dtype=dtype))
+            order.append(torch.zeros(at, dtype=dtype, device=mode.loop.device))
             continue
         tensor = lists[what][at]
         # An output may be of another kind than the value it is made of: a one-hot, as integers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -14,7 +14,21 @@ from fastwm.row_program.fresh import Fresh
 from fastwm.row_program.kinds import dtype_of
 from fastwm.row_program.program import Program
 
-__all__ = ["Executor"]
+__all__ = ["Executor", "RowExecutor"]
+
+
+class RowExecutor(Protocol):
+    """What runs a row program: :class:`Executor` on a CPU, ``fastwm.kernels.row_program`` on CUDA."""
+
+    inputs: list[Any]
+    results: list[Any]
+    empty: Fresh
+
+    def run(
+        self, inputs: Sequence[torch.Tensor], rows: int, steps: int, *, reverse: bool = False,
+        outputs: list[torch.Tensor] | None = None,
+    ) -> tuple[list[torch.Tensor], int]: ...  # fmt: skip
+
 
 # From so many rows on the products of one step are large enough, and values are not kept for several steps.
 _TALL = 128

@@ -20,6 +20,7 @@ class Fresh:
 
     Args:
         sizes: shapes and dtypes, asked once for each kind of call.
+        device: where.
 
     Example:
         >>> import torch
@@ -28,8 +29,13 @@ class Fresh:
         torch.Size([2, 3])
     """
 
-    def __init__(self, sizes: Callable[..., Iterable[tuple[tuple[int, ...], torch.dtype]]]) -> None:
+    def __init__(
+        self,
+        sizes: Callable[..., Iterable[tuple[tuple[int, ...], torch.dtype]]],
+        device: torch.device | str = "cpu",
+    ) -> None:
         self._sizes = sizes
+        self._device = torch.device(device)
         self._like: dict[Any, list[torch.Tensor]] = {}
 
     def __call__(self, *kind: int) -> list[torch.Tensor]:
@@ -38,13 +44,13 @@ class Fresh:
         if like is None:
             if len(self._like) >= _KEPT:
                 self._like.clear()
-            like = self._like[kind] = [_hollow(*size) for size in self._sizes(*kind)]
+            like = self._like[kind] = [_hollow(*size, self._device) for size in self._sizes(*kind)]
         return [torch.empty_like(tensor) for tensor in like]
 
 
-def _hollow(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _hollow(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A tensor of this shape without memory."""
     with torch.inference_mode(False):
-        tensor = torch.empty(shape, dtype=dtype, device="cpu")
+        tensor = torch.empty(shape, dtype=dtype, device=device)
     tensor.untyped_storage().resize_(0)
     return tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fastwm.row_program.reference import interpret
 from tests.row_program.executing import (
     ISAS,
     WHY_NOT,
+    Ran,
     assert_near,
     assert_ran,
     check,
@@ -354,10 +356,24 @@ def _binary_program(emit: Callable[[Program, Val, Val], Val], dtype: torch.dtype
     return p
 
 
+SPECIAL_CASES = (*UNARY, *UNARY_GRAD, *BINARY, "where", "reductions")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("op", [*UNARY, *UNARY_GRAD, *BINARY, "where", "reductions"])
+@pytest.mark.parametrize("op", SPECIAL_CASES)
 def test_special_numbers(op: str, dtype: torch.dtype) -> None:
-    """As torch in the same dtype: overflow, NaN and infinities where it has them."""
+    for isa in ISAS:
+        assert_special_numbers(op, dtype, partial(execute, isa=isa))
+
+
+def assert_special_numbers(
+    op: str, dtype: torch.dtype, run: Callable[..., Ran], rtol: float = 3e-6
+) -> None:
+    """As torch in the same dtype: overflow, NaN and infinities where it has them.
+
+    Args:
+        rtol: in float32.
+    """
 
     def emit(p: Program, x: Val, y: Val) -> Val:
         if op in UNARY:
@@ -382,23 +398,22 @@ def test_special_numbers(op: str, dtype: torch.dtype) -> None:
     p = _binary_program(emit, dtype)
     inputs = {n: t.to(dtype) for n, t in _special().items()}
     want = interpret(p, inputs, 1)
-    for isa in ISAS:
-        ran = execute(p, inputs, len(SPECIAL), 1, isa=isa)
-        got, expected = ran.outputs["z"].squeeze(1).to(dtype), want.outputs["z"].squeeze(1)
-        # A gradient is as near as its unary's slope: one of 1e-37 may be 0 before it meets a large g.
-        slope = inputs["x"].abs().clamp(max=1e38) if op in UNARY_GRAD else torch.ones(())
-        rtol = 3e-6 if dtype is torch.float32 else 1e-12
-        tiny = 4e-36 if dtype is torch.float32 else 1e-300
-        if op == "reductions":  # a logarithm of a sum next to 1
-            tiny = torch.finfo(dtype).eps
-        near = (got - expected).abs() <= rtol * expected.abs() + tiny * (1 + slope)
-        alike = near | (got == expected) | (got.isnan() & expected.isnan())
-        wrong = ~alike & ~_torch_is_odd(op, inputs["x"], inputs["y"])
-        found = [
-            (SPECIAL[i], k, expected[i, k].item(), got[i, k].item())
-            for i, k in wrong.nonzero().tolist()
-        ]
-        assert not found, f"isa {isa}: {found[:20]}"
+    ran = run(p, inputs, len(SPECIAL), 1)
+    got, expected = ran.outputs["z"].squeeze(1).to(dtype), want.outputs["z"].squeeze(1)
+    # A gradient is as near as its unary's slope: one of 1e-37 may be 0 before it meets a large g.
+    slope = inputs["x"].abs().clamp(max=1e38) if op in UNARY_GRAD else torch.ones(())
+    rtol = rtol if dtype is torch.float32 else 1e-12
+    tiny = 4e-36 if dtype is torch.float32 else 1e-300
+    if op == "reductions":  # a logarithm of a sum next to 1
+        tiny = torch.finfo(dtype).eps
+    near = (got - expected).abs() <= rtol * expected.abs() + tiny * (1 + slope)
+    alike = near | (got == expected) | (got.isnan() & expected.isnan())
+    wrong = ~alike & ~_torch_is_odd(op, inputs["x"], inputs["y"])
+    found = [
+        (SPECIAL[i], k, expected[i, k].item(), got[i, k].item())
+        for i, k in wrong.nonzero().tolist()
+    ]
+    assert not found, found[:20]
 
 
 def _torch_is_odd(op: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

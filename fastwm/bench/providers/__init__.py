@@ -10,7 +10,13 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from fastwm.bench.providers import env_rollout, jax_scan, torch_compile, torch_loop
+from fastwm.bench.providers import (
+    env_rollout,
+    jax_scan,
+    torch_compile,
+    torch_cuda_graph,
+    torch_loop,
+)
 from fastwm.bench.providers.base import Built, Provider, Unavailable
 
 __all__ = ["PROVIDERS", "REFERENCE", "Built", "Provider", "Unavailable", "chosen", "default_names"]
@@ -25,6 +31,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider("torch-loop", torch_loop.build),
         Provider("torch-compile", torch_compile.step()),
         Provider("torch-compile-graphs", torch_compile.step("reduce-overhead"), devices=("cuda",)),
+        Provider("torch-cuda-graph", torch_cuda_graph.build, devices=("cuda",)),
         Provider("torch-compile-loop", torch_compile.loop, refuses=torch_compile.too_long),
         Provider("jax-scan", jax_scan.build),
         Provider("fastwm-eager", env_rollout.fastwm("eager"), ours=True),

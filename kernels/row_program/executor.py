@@ -1,0 +1,257 @@
+"""Running a row program on a GPU: one launch for the whole horizon, and one product for each sum after it."""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+
+from fastwm.kernels.row_program.source import Source, Tile, scratch_columns, write
+from fastwm.kernels.row_program.stages import plan
+from fastwm.row_program.deferred_sums import defer_sums
+from fastwm.row_program.fresh import Fresh
+from fastwm.row_program.kinds import dtype_of
+from fastwm.row_program.program import Program
+
+__all__ = ["TritonExecutor", "kernel_of", "programs_for", "scratch_bytes", "tile_for"]
+
+_TALL = 64  # rows of the tallest tile
+_SCRATCH_BYTES = 30 << 20  # of all tiles at a time
+_KEPT_BYTES = 256 << 20  # what is kept for sums at a time
+#: torch's name of a precision of float32 products -> Triton's.
+_PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
+
+
+def tile_for(rows: int, processors: int, columns: int, itemsize: int = 4) -> Tile:
+    """The tile for so many rows: small ones, as long as there is a multiprocessor for each.
+
+    Args:
+        columns: of a row's scratch; what all tiles together have of it is bounded.
+
+    Example:
+        >>> from fastwm.kernels.row_program.executor import tile_for  # doctest: +SKIP
+        >>> tile_for(64, 132, 736).rows, tile_for(131072, 132, 736).rows  # doctest: +SKIP
+        (16, 64)
+    """
+    tall = 16
+    while tall < _TALL and rows > tall * processors * 2:
+        if processors * 2 * tall * columns * itemsize > _SCRATCH_BYTES:
+            break
+        tall *= 2
+    return Tile(rows=tall, warps=4 if tall == 16 else 8)
+
+
+def programs_for(rows: int, processors: int, tile: Tile, columns: int, itemsize: int = 4) -> int:
+    """How many program instances share so many rows: those that run at a time, within the bound."""
+    at_a_time = processors * (2 if tile.warps == 4 else 1)  # those of 8 warps fill a multiprocessor
+    room = _SCRATCH_BYTES // (tile.rows * columns * itemsize)
+    return max(1, min(triton.cdiv(rows, tile.rows), at_a_time, room))
+
+
+def kernel_of(source: Source) -> Any:
+    """The kernel, compiled when first launched. Triton reads a kernel's text through its file."""
+    digest = hashlib.sha256(source.text.encode()).hexdigest()[:16]
+    file = f"<fastwm row program {digest}>"
+    linecache.cache[file] = len(source.text), None, source.text.splitlines(True), file
+    space: dict[str, Any] = {"__name__": f"fastwm_row_program_{digest}"}
+    exec(compile(source.text, file, "exec"), space)
+    return space["row_program_kernel"]
+
+
+class TritonExecutor:
+    """A row program as a Triton kernel; used as :class:`fastwm.row_program.executor.Executor`.
+
+    Args:
+        program: what to run.
+        device: where. A CPU, for Triton's interpreter alone.
+        time_major: step inputs given as ``[steps, rows, *shape]``.
+        kinds: by output name, what its tensor holds: ``"float"``, ``"bool"`` or ``"int"``.
+        tile: sizes, else chosen by the rows of each call.
+
+    Raises:
+        ProgramError: something that there is no kernel for.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        device: torch.device | str,
+        *,
+        time_major: Collection[Any] = (),
+        kinds: Mapping[Any, str] | None = None,
+        tile: Tile | None = None,
+    ) -> None:
+        self.program = program
+        self.device = torch.device(device)
+        self._deferred = deferred = defer_sums(program)
+        self._plan = plan(deferred.program)
+        self._time_major = set(time_major)
+        self.kinds = dict(kinds or {})
+        self._tile = tile
+        items = deferred.program.inputs.items()
+        #: Names in the order in which tensors are given: of rows, then uniforms.
+        self.inputs = [n for n, i in items if i.role != "uniform"]
+        self.inputs += [n for n, i in items if i.role == "uniform"]
+        self.results = [*program.outputs, *program.finals, *program.sums]
+        self._made: dict[Any, tuple[Source, Any, torch.Tensor]] = {}
+        self._processors = 1
+        if self.device.type == "cuda":
+            self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.empty = Fresh(self._sizes, self.device)
+
+    def _sizes(self, rows: int, steps: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        p = self.program
+        types = {n: p.type(v) for n, v in p.outputs.items()}
+        made = [
+            ((rows, steps, *t.shape), dtype_of(self.kinds.get(n, t.kind), p.dtype))
+            for n, t in types.items()
+        ]
+        made += [((rows, *p.type(p.inputs[n].val).shape), p.dtype) for n in p.finals]
+        return made + [(s.shape, p.dtype) for s in p.sums.values()]
+
+    @property
+    def inner(self) -> Program:
+        """The program that the kernel runs: without sums."""
+        return self._deferred.program
+
+    def source(self, rows: int, *, reverse: bool = False, precision: str | None = None) -> Source:
+        """What runs for so many rows; its ``text`` is the kernel.
+
+        Args:
+            precision: of products, as Triton has it; default: what torch is set to.
+        """
+        if precision is None:
+            single = self.program.dtype is torch.float32
+            precision = _PRECISIONS[torch.get_float32_matmul_precision()] if single else "ieee"
+        tile = self._tile_of(rows)
+        return write(
+            self._plan, tile, reverse=reverse, time_major=self._time_major, kinds=self.kinds,
+            precision=precision, order=self.inputs, local=self._deferred.kept,
+        )  # fmt: skip
+
+    def _tile_of(self, rows: int) -> Tile:
+        columns, item = scratch_columns(self._plan), self.program.dtype.itemsize
+        return self._tile or tile_for(rows, self._processors, columns, item)
+
+    def _kernel(self, rows: int, reverse: bool) -> tuple[Tile, Source, Any, torch.Tensor]:
+        tile = self._tile_of(rows)
+        key = tile, reverse, torch.get_float32_matmul_precision()
+        if key not in self._made:
+            source = self.source(rows, reverse=reverse)
+            maps = torch.tensor(source.maps, dtype=torch.int32, device=self.device)
+            self._made[key] = source, kernel_of(source), maps
+        return tile, *self._made[key]
+
+    def __call__(
+        self, inputs: Mapping[Any, torch.Tensor], rows: int, steps: int, *, reverse: bool = False
+    ) -> dict[Any, torch.Tensor]:
+        """Run it: see :meth:`run`, with tensors by name."""
+        outputs, _ = self.run([inputs[name] for name in self.inputs], rows, steps, reverse=reverse)
+        return dict(zip(self.results, outputs, strict=True))
+
+    def run(
+        self,
+        inputs: Sequence[torch.Tensor],
+        rows: int,
+        steps: int,
+        *,
+        reverse: bool = False,
+        outputs: list[torch.Tensor] | None = None,
+    ) -> tuple[list[torch.Tensor], int]:
+        """Run ``steps`` steps: arguments and result as of the C++ executor.
+
+        Where the program has checks, this waits for the device.
+        """
+        if outputs is None:
+            outputs = self.empty(rows, steps)
+        program, kept = self.program, self._deferred.kept
+        count = len(program.outputs)
+        finals = outputs[count : count + len(program.finals)]
+        sums = dict(zip(program.sums, outputs[count + len(finals) :], strict=True))
+        for total in sums.values():
+            total.zero_()
+        failed = torch.full((1,), steps, dtype=torch.int32, device=self.device)
+        width = sum(program.types[v.index].width for v in kept.values())
+        bytes_of = max(1, width * steps * program.dtype.itemsize)
+        at_once = max(1, min(rows, _KEPT_BYTES // bytes_of)) if kept else max(1, rows)
+        for first in range(0, rows, at_once):
+            last = min(rows, first + at_once)
+            extra = [
+                torch.empty(
+                    (last - first, steps, *program.type(v).shape), dtype=program.dtype, device=self.device
+                )
+                for v in kept.values()
+            ]  # fmt: skip
+            if steps or finals:
+                self._launch(
+                    inputs,
+                    [*outputs[:count], *extra],
+                    finals,
+                    failed,
+                    first,
+                    last,
+                    rows,
+                    steps,
+                    reverse,
+                )
+            if sums and steps:
+                self._add(dict(zip(kept, extra, strict=True)), inputs, sums, first, last, steps)
+        if not program.checks or not rows:
+            return outputs, 0
+        at = int(failed)
+        return outputs, at + 1 if at < steps else 0
+
+    def _launch(
+        self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], finals: Sequence[torch.Tensor],
+        failed: torch.Tensor, first: int, last: int, rows: int, steps: int, reverse: bool,
+    ) -> None:  # fmt: skip
+        tile, source, kernel, maps = self._kernel(rows, reverse)
+        tiles = triton.cdiv(last - first, tile.rows)
+        columns, item = source.columns, self.program.dtype.itemsize
+        programs = programs_for(last - first, self._processors, tile, columns, item)
+        scratch = torch.empty(
+            programs * tile.rows * source.columns, dtype=self.program.dtype, device=self.device
+        )
+        with torch.cuda.device_of(scratch):
+            kernel[(programs,)](
+                *inputs, *outputs, *finals, failed, maps, scratch, first, last, rows, steps,
+                triton.cdiv(tiles, programs), num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+
+    def _add(
+        self, kept: Mapping[Any, torch.Tensor], inputs: Sequence[torch.Tensor],
+        sums: Mapping[Any, torch.Tensor], first: int, last: int, steps: int,
+    ) -> None:  # fmt: skip
+        deferred, program = self._deferred, self.program
+        given = dict(zip(self.inputs, inputs, strict=True))
+        values: dict[int, torch.Tensor] = {}
+        for term in deferred.terms:
+            for val in term.values():
+                if val.index in values:
+                    continue
+                what, name = deferred.operand(val)
+                if what == "kept":
+                    values[val.index] = kept[name]
+                    continue
+                value = given[name]
+                shape = program.type(val).shape
+                if program.inputs[name].role == "context":
+                    value = value[first:last].reshape(-1, 1, *shape).expand(-1, steps, *shape)
+                elif name in self._time_major:
+                    value = value.reshape(steps, -1, *shape)[:, first:last].transpose(0, 1)
+                else:
+                    value = value.reshape(-1, steps, *shape)[first:last]
+                values[val.index] = value.to(program.dtype)
+        deferred.add(values, sums)
+
+
+def scratch_bytes(executor: TritonExecutor, rows: int) -> int:
+    """Memory beside the results that a call takes."""
+    tile, source, _, _ = executor._kernel(rows, False)
+    item = executor.program.dtype.itemsize
+    programs = programs_for(rows, executor._processors, tile, source.columns, item)
+    return programs * tile.rows * source.columns * item

@@ -1,0 +1,178 @@
+"""Row programs as Triton kernels against the reference interpreter; run by ``test_interpreter.py``."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fastwm.engines.fused import FusedLoop
+from fastwm.row_program import Program
+from fastwm.row_program.gradient import differentiate
+from fastwm.row_program.reference import interpret
+from tests.row_program.backward_inputs import gather
+from tests.row_program.random_programs import random_program
+from tests.row_program.test_executor import CASES, SPECIAL_CASES, Build, assert_special_numbers
+
+triton = pytest.importorskip("triton")
+if not triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is not set; test_interpreter.py sets it", allow_module_level=True)
+
+from fastwm.kernels.row_program import Tile, TritonExecutor  # noqa: E402
+from tests.kernels.on_triton import (  # noqa: E402
+    SMALL,
+    assert_rollouts_are_eager_ones,
+    check,
+    check_gradient,
+    execute,
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_op(name: str) -> None:
+    position = list(CASES).index(name)
+    width = (1, 5, 16, 31, 70)[position % 5]
+    b = Build(width)
+    p = b.finish(CASES[name], name.partition(":")[0])
+    rows, steps = (1, 3, 17, 35)[position % 4], (1, 2, 3)[position % 3]
+    dtype = torch.float32 if position % 3 else torch.float64
+    inputs = b.inputs(rows, steps, seed=position)
+    check(p, inputs, rows, steps, dtypes=[dtype], reverse=bool(position % 2))
+
+
+@pytest.mark.parametrize("op", SPECIAL_CASES)
+def test_special_numbers(op: str) -> None:
+    assert_special_numbers(op, torch.float32, execute, rtol=2e-5)
+
+
+def test_carries_that_swap_stay_and_come_from_inputs() -> None:
+    p = Program()
+    a, b, c, d = (p.input(n, "carry", (3,)) for n in "abcd")
+    s = p.input("s", "step", (3,))
+    p.carries = {"a": b, "b": a, "c": s, "d": d}
+    p.outputs = {"sum": p.emit("add", p.emit("add", a, c), d), "a": a, "s": s}
+    p.finals = ["a", "b", "c", "d"]
+    inputs = {n: torch.randn(5, 3) for n in "abcd"} | {"s": torch.randn(5, 4, 3)}
+    check(p, inputs, 5, 4)
+    check(p, inputs, 5, 4, time_major=["s"], reverse=True)
+
+
+def test_kinds_of_outputs() -> None:
+    p = Program()
+    x, i = p.input("x", "step", (4,)), p.input("i", "context", (2,), "int")
+    p.outputs = {"positive": p.emit("gt", x, 0.0), "i": i, "floats": p.emit("gt", x, 0.5)}
+    x_, i_ = torch.randn(3, 2, 4), torch.tensor([[1, 2], [3, -4], [5, 1 << 20]])
+    ran = execute(p, {"x": x_, "i": i_}, 3, 2, kinds={"floats": "float"})
+    assert ran.outputs["positive"].dtype is torch.bool
+    assert torch.equal(ran.outputs["positive"], x_ > 0)
+    assert torch.equal(ran.outputs["i"], i_[:, None].expand(3, 2, 2))
+    assert torch.equal(ran.outputs["floats"], (x_ > 0.5).float())
+
+
+def test_checks_say_at_which_step_the_first_failed() -> None:
+    p = Program()
+    x = p.input("x", "step", (2,))
+    p.outputs["x"] = x
+    p.checks = [p.emit("lt", x, 1.0)]
+    data = torch.zeros(40, 5, 2)
+    assert execute(p, {"x": data}, 40, 5).failed == 0
+    data[33, 3, 1] = data[2, 4, 0] = 2.0
+    assert execute(p, {"x": data}, 40, 5).failed == 4
+
+
+def test_no_rows_and_no_steps() -> None:
+    p = Program()
+    x = p.input("x", "carry", (2,))
+    p.carries["x"] = p.outputs["y"] = p.emit("tanh", x)
+    p.finals = ["x"]
+    assert execute(p, {"x": torch.zeros(0, 2)}, 0, 3).outputs["y"].shape == (0, 3, 2)
+    start = torch.randn(3, 2)
+    assert torch.equal(execute(p, {"x": start}, 3, 0).finals["x"], start)
+
+
+def test_sums_in_slices_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastwm.kernels.row_program import executor
+
+    monkeypatch.setattr(executor, "_KEPT_BYTES", 7 * 3 * 5 * 8)  # of float64: seven rows at a time
+    p = Program()
+    x, s, c = p.input("x", "carry", (3,)), p.input("s", "step", (2,)), p.input("c", "context", (2,))
+    p.add_sum("w", (2, 3)), p.add_sum("v", (2, 3))
+    y = p.emit("tanh", x)
+    p.emit("outer", y, s, layout="nk", target="w")
+    p.emit("outer", y, p.emit("mul", s, c), layout="nk", target="v")
+    p.carries["x"] = y
+    inputs = {"x": torch.randn(30, 3), "s": torch.randn(30, 3, 2), "c": torch.randn(30, 2)}
+    check(p, inputs, 30, 3, time_major=["s"])
+    check(p, inputs, 30, 3)
+
+
+def test_more_rows_than_all_programs_take_at_once() -> None:
+    p = Program()
+    x = p.input("x", "carry", (3,))
+    p.carries["x"] = p.outputs["y"] = p.emit("tanh", x)
+    check(p, {"x": torch.randn(100, 3)}, 100, 2)
+
+
+@pytest.mark.parametrize("tile", [Tile(16, 16, 16), Tile(16, 256, 64), Tile(64, 64, 32)], ids=str)
+def test_every_tile_gives_the_same(tile: Tile) -> None:
+    made = random_program(3, depth=12, max_width=40)
+    check(made.program, made.inputs(20, 2, seed=1), 20, 2, tile=tile, rtol=2e-3)
+
+
+def test_random_programs_forward_and_back() -> None:
+    """For a fixed time; ``FASTWM_FUZZ_SEED`` starts elsewhere, ``FASTWM_FUZZ_SECONDS`` goes on for longer."""
+    seed = int(os.environ.get("FASTWM_FUZZ_SEED", "1"))
+    end = time.monotonic() + float(os.environ.get("FASTWM_FUZZ_SECONDS", "15"))
+    tried = 0
+    while time.monotonic() < end or not tried:
+        rng = random.Random(seed)
+        made = random_program(seed, depth=rng.randint(1, 14), max_width=rng.choice([4, 12, 40]))
+        rows, steps = rng.choice([(1, 2), (3, 1), (18, 2)])
+        inputs = made.inputs(rows, steps, seed=seed)
+        print(f"FASTWM_FUZZ_SEED={seed}")
+        major = [
+            n for n, i in made.program.inputs.items() if i.role == "step" and rng.random() < 0.5
+        ]
+        check(made.program, inputs, rows, steps, dtypes=[torch.float64], time_major=major,
+              reverse=rng.random() < 0.3)  # fmt: skip
+        check_gradient(replace(made.program, dtype=torch.float64), inputs, rows, steps, rng)
+        seed, tried = seed + 1, tried + 1
+    print(f"{tried} random programs")
+
+
+def test_the_same_bits_at_every_run() -> None:
+    made = random_program(5, depth=8, max_width=20)
+    gradient = differentiate(
+        made.program, [n for n, i in made.program.inputs.items() if i.role == "uniform"],
+        [n for n, v in made.program.outputs.items() if made.program.type(v).kind == "float"],
+    )  # fmt: skip
+    inputs = made.inputs(40, 2, seed=0)
+    forward = interpret(gradient.forward, inputs, 2)
+    given = {n: torch.ones_like(t) for n, t in forward.outputs.items() if n in made.program.outputs}
+    back = gather(gradient, inputs, forward.outputs, given)
+    first, second = (execute(gradient.backward, back, 40, 2, reverse=True).sums for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_env_on_these_kernels_is_the_eager_one(
+    grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise, names, gradients and all: what stands between a rollout and the kernels."""
+    made: list[TritonExecutor] = []
+
+    def executor_of(
+        self: FusedLoop, program: Program, time_major: Any, kinds: Any = None, *, bf16: bool = False
+    ) -> TritonExecutor:
+        made.append(TritonExecutor(program, "cpu", time_major=time_major, kinds=kinds, tile=SMALL))
+        return made[-1]
+
+    monkeypatch.setattr(FusedLoop, "executor_of", executor_of)
+    assert_rollouts_are_eager_ones("cpu", grad=grad)
+    assert made

@@ -1,0 +1,155 @@
+"""Running row programs as Triton kernels: in the interpreter, or on a GPU."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import (
+    NormalParamExtractor,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+)
+from torchrl.envs.utils import set_exploration_type
+from torchrl.modules import TanhNormal
+
+import fastwm
+from fastwm.kernels.row_program import Tile, TritonExecutor
+from fastwm.row_program import Program
+from fastwm.row_program.gradient import differentiate
+from fastwm.row_program.reference import interpret
+from tests.row_program.backward_inputs import gather
+from tests.row_program.executing import Ran, assert_ran, given_as
+
+SMALL = Tile(rows=16, columns=32, depth=16)
+BOTH = (torch.float32, torch.float64)
+
+
+def execute(
+    program: Program,
+    inputs: Mapping[Any, torch.Tensor],
+    rows: int,
+    steps: int,
+    *,
+    reverse: bool = False,
+    time_major: Collection[Any] = (),
+    kinds: Mapping[Any, str] | None = None,
+    tile: Tile | None = SMALL,
+    device: str = "cpu",
+) -> Ran:
+    """Run a program, its results into buffers full of NaN; they come back to the CPU."""
+    executor = TritonExecutor(program, device, time_major=time_major, kinds=kinds, tile=tile)
+    given = {n: t.to(device) for n, t in given_as(program, inputs).items()}
+    for name in time_major:
+        given[name] = given[name].transpose(0, 1).contiguous()
+    outputs = executor.empty(rows, steps)
+    for t in outputs:
+        t.fill_(torch.nan if t.is_floating_point() else True if t.dtype is torch.bool else -77)
+    outputs, failed = executor.run(
+        [given[n] for n in executor.inputs], rows, steps, reverse=reverse, outputs=outputs
+    )
+    found = iter([t.cpu() for t in outputs])
+    return Ran(
+        {n: next(found) for n in program.outputs},
+        {n: next(found) for n in program.finals},
+        {n: next(found) for n in program.sums},
+        failed,
+    )
+
+
+def check(
+    program: Program, inputs: Mapping[Any, torch.Tensor], rows: int, steps: int, *,
+    dtypes: Iterable[torch.dtype] = BOTH, reverse: bool = False, rtol: float = 3e-5, **kwargs: Any,
+) -> None:  # fmt: skip
+    with torch.no_grad():
+        want = interpret(replace(program, dtype=torch.float64), inputs, steps, reverse=reverse)
+    for dtype in dtypes:
+        ran = execute(replace(program, dtype=dtype), inputs, rows, steps, reverse=reverse, **kwargs)
+        single = dtype is torch.float32
+        try:
+            assert_ran(ran, want, rtol=rtol if single else 1e-10, atol=1e-6 if single else 1e-13)
+        except AssertionError as error:
+            raise AssertionError(
+                f"{dtype}, rows {rows}, steps {steps}: {error}\n{program}"
+            ) from error
+
+
+def check_gradient(
+    program: Program, inputs: Mapping[Any, torch.Tensor], rows: int, steps: int, rng: random.Random,
+    **kwargs: Any,
+) -> None:  # fmt: skip
+    """The backward program, with its sums, against the interpreter on the same numbers."""
+    inputs = {n: t.double() for n, t in inputs.items()}
+    floats = [n for n, i in program.inputs.items() if program.type(i.val).kind == "float"]
+    grads = [n for n, v in program.outputs.items() if program.type(v).kind == "float"]
+    gradient = differentiate(program, floats, grads, budget=rng.choice([None, 0.0, 30.0]))
+    with torch.no_grad():
+        forward = interpret(gradient.forward, inputs, steps)
+    given = {n: torch.randn(forward.outputs[n].shape, dtype=torch.float64) for n in grads}
+    back = gather(gradient, inputs, forward.outputs, given)
+    with torch.no_grad():
+        want = interpret(gradient.backward, back, steps, reverse=True)
+    ran = execute(gradient.backward, back, rows, steps, reverse=True, **kwargs)
+    assert_ran(ran, want, rtol=1e-9, atol=1e-11)
+
+
+class Step(torch.nn.Module):
+    """A recurrent step with a product, a norm and a gate; its action is sampled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm = torch.nn.Linear(8, 12), torch.nn.LayerNorm(12)
+        self.outer = torch.nn.Linear(12, 6)
+
+    def forward(self, latent: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        hidden = torch.nn.functional.silu(self.norm(self.inner(torch.cat((latent, action), -1))))
+        return torch.tanh(self.outer(hidden)) + 0.5 * latent
+
+
+def assert_rollouts_are_eager_ones(
+    device: str, *, grad: bool, rows: int = 5, tolerance: float = 2e-5
+) -> None:
+    """A sampled policy on a recurrent model: every entry and every gradient, from the same seed."""
+    torch.manual_seed(0)
+    policy = ProbabilisticTensorDictSequential(
+        TensorDictModule(torch.nn.Linear(6, 4), ["latent"], ["params"]),
+        TensorDictModule(NormalParamExtractor(), ["params"], ["loc", "scale"]),
+        ProbabilisticTensorDictModule(["loc", "scale"], ["action"], distribution_class=TanhNormal),
+    )
+    world_model = fastwm.WorldModel(
+        TensorDictModule(torch.nn.Identity(), ["observation"], ["latent"]),
+        TensorDictModule(Step(), ["latent", "action"], [("next", "latent")]),
+        TensorDictModule(torch.nn.Linear(6, 1), [("next", "latent")], [("next", "reward")]),
+    )
+    policy, world_model = policy.to(device), world_model.to(device)
+    env = environment_of(world_model, rows, device)
+    start = TensorDict({"latent": torch.randn(rows, 6, device=device, requires_grad=grad)}, [rows])
+    found = {}
+    for backend in ("eager", "fused"):
+        torch.manual_seed(1)
+        with fastwm.backend(backend), torch.set_grad_enabled(grad), set_exploration_type("random"):
+            out = env.rollout(4, policy, tensordict=start)
+        results = {str(k): v for k, v in out.items(True, True)}
+        if grad:
+            leaves = [start["latent"], *policy.parameters(), *world_model.parameters()]
+            loss = out["next", "reward"].square().sum() + out["latent"].sum()
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+            results |= {f"grad {i}": g for i, g in enumerate(grads) if g is not None}
+        found[backend] = results
+    assert found["eager"].keys() == found["fused"].keys()
+    for name, value in found["eager"].items():
+        torch.testing.assert_close(
+            found["fused"][name], value, rtol=tolerance, atol=tolerance, msg=name
+        )
+
+
+def environment_of(world_model: fastwm.WorldModel, rows: int, device: str) -> fastwm.WorldModelEnv:
+    from fastwm.bench.providers.env_rollout import _Specs
+
+    base = _Specs(rows, {"latent": 6}, 2, device)
+    return fastwm.WorldModelEnv(world_model, base, observation_spec=base.observation_spec.clone())

@@ -1,0 +1,87 @@
+"""The whole-horizon kernels on a GPU."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.row_program.random_programs import random_program
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _true_float32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_programs(seed: int) -> None:
+    from tests.kernels.on_triton import check, check_gradient
+
+    rng = random.Random(seed)
+    made = random_program(seed, depth=rng.randint(1, 10), max_width=rng.choice([4, 40, 200]))
+    rows, steps = rng.choice([(1, 3), (17, 2), (300, 2)])
+    inputs = made.inputs(rows, steps, seed=seed)
+    single = rng.random() < 0.5
+    dtypes = [torch.float32 if single else torch.float64]
+    check(made.program, inputs, rows, steps, dtypes=dtypes, tile=None, device="cuda", rtol=2e-3)
+    check_gradient(
+        replace(made.program, dtype=torch.float64), inputs, rows, steps, rng, tile=None, device="cuda"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 17, 5000])
+@pytest.mark.parametrize("grad", [False, True])
+def test_rollouts_are_eager_ones(rows: int, grad: bool) -> None:
+    from tests.kernels.on_triton import assert_rollouts_are_eager_ones
+
+    assert_rollouts_are_eager_ones("cuda", grad=grad, rows=rows, tolerance=1e-4)
+
+
+def test_inside_somebody_elses_capture() -> None:
+    from fastwm.kernels.row_program import TritonExecutor
+    from fastwm.row_program import Program
+
+    p = Program()
+    x = p.input("x", "carry", (3,))
+    p.carries["x"] = p.outputs["y"] = p.emit("tanh", x)
+    executor = TritonExecutor(p, "cuda")
+    start = torch.randn(100, 3, device="cuda")
+    want, _ = executor.run([start], 100, 4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got, _ = executor.run([start], 100, 4)
+    start.copy_(torch.randn(100, 3, device="cuda"))
+    graph.replay()
+    again, _ = executor.run([start], 100, 4)
+    assert torch.equal(got[0], again[0])
+    assert not torch.equal(got[0], want[0])
+
+
+def test_memory_beside_the_results_is_small() -> None:
+    """Under 32 MB, at any batch."""
+    from fastwm.kernels.row_program.builds import lowered_suite
+    from fastwm.kernels.row_program.executor import TritonExecutor, scratch_bytes
+
+    executor = TritonExecutor(lowered_suite("mlp").program, "cuda")
+    assert scratch_bytes(executor, 131072) < 32e6
+
+
+def test_sanitized() -> None:
+    """Small, for compute-sanitizer: a product, a norm, a choice, sums, odd sizes."""
+    from tests.kernels.on_triton import check, check_gradient
+
+    made = random_program(5, depth=10, max_width=20)
+    inputs = made.inputs(19, 2, seed=1)
+    check(made.program, inputs, 19, 2, dtypes=[torch.float32], tile=None, device="cuda", rtol=2e-3)
+    check_gradient(
+        replace(made.program, dtype=torch.float64), inputs, 19, 2, random.Random(0), tile=None, device="cuda"
+    )  # fmt: skip
