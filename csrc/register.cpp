@@ -1,6 +1,7 @@
 // The only file that speaks to torch's dispatcher. Operators are defined in Python (fastwm/ops), so that they
 // exist, and run on their references, where this library does not; here their CPU kernels are added.
 #include "cpu_features.h"
+#include "gae.h"
 #include "lambda_return.h"
 #include "row_program.h"
 
@@ -25,6 +26,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastwm, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastwm, CPU, m) {
+  m.impl("gae", TORCH_BOX(&fastwm::gae));
+  m.impl("gae_backward", TORCH_BOX(&fastwm::gae_backward));
   m.impl("lambda_return", TORCH_BOX(&fastwm::lambda_return));
   m.impl("lambda_return_backward", TORCH_BOX(&fastwm::lambda_return_backward));
   m.impl("row_program", TORCH_BOX(&fastwm::run_row_program));

@@ -6,7 +6,7 @@ from fastwm.backends import requested as requested_backend
 from fastwm.env import WorldModelEnv
 from fastwm.explain import Explanation
 from fastwm.loss import WorldModelLoss
-from fastwm.ops import lambda_return
+from fastwm.ops import gae, lambda_return
 from fastwm.parity import ParityReport, check_parity
 from fastwm.patching import patch, unpatch
 from fastwm.world_model import WorldModel
@@ -20,6 +20,7 @@ __all__ = [
     "WorldModelLoss",
     "backend",
     "check_parity",
+    "gae",
     "lambda_return",
     "patch",
     "requested_backend",

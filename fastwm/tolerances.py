@@ -95,6 +95,30 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
         1e-5,
         "five roundings per step at 6e-8 accumulate over 1 / (1 - 0.99 * 0.95) = 17 steps",
     ),
+    # fastwm.gae, as the lambda-return.
+    ("gae", torch.float32): Tolerance(
+        0.0, 0.0, "same operations in the same order, no contraction: bit for bit"
+    ),
+    ("gae", torch.float64): Tolerance(0.0, 0.0, "as for float32"),
+    ("gae.gradient", torch.float32): Tolerance(
+        1e-5, 1e-6, "two products per step reassociated against autograd's order, over 129 steps"
+    ),
+    ("gae.gradient", torch.float64): Tolerance(
+        1e-13, 1e-14, "as for float32, with float64's unit roundoff and a margin of 10"
+    ),
+    ("gae.triton", torch.float32): Tolerance(
+        1e-6,
+        1e-6,
+        "five roundings per step at 6e-8, damped by gamma * lambda < 1; atol for sums near zero",
+    ),
+    ("gae.triton", torch.float64): Tolerance(
+        1e-14, 1e-14, "as for float32, with float64's unit roundoff"
+    ),
+    ("gae.float64", torch.float32): Tolerance(
+        1e-5,
+        1e-5,
+        "five roundings per step at 6e-8 accumulate over 1 / (1 - 0.99 * 0.95) = 17 steps",
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["MODULES", "Build"]
 
-MODULES = ("lambda_return",)
+MODULES = ("gae", "lambda_return")
 
 
 class Build(NamedTuple):

@@ -7,6 +7,7 @@ the C++ library is installed its CPU kernels take over, and on CUDA the Triton o
 
 from __future__ import annotations
 
+from fastwm.ops.gae import gae, gae_reference
 from fastwm.ops.lambda_return import lambda_return, lambda_return_reference
 from fastwm.ops.library import CpuLibrary, cpu_isa, cpu_library
 
@@ -14,6 +15,8 @@ __all__ = [
     "CpuLibrary",
     "cpu_isa",
     "cpu_library",
+    "gae",
+    "gae_reference",
     "lambda_return",
     "lambda_return_reference",
 ]
