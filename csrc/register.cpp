@@ -3,7 +3,9 @@
 #include "cpu_features.h"
 #include "gae.h"
 #include "lambda_return.h"
+#include "loss_op.h"
 #include "row_program.h"
+#include "two_hot_cross_entropy.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -18,11 +20,13 @@ int64_t cpu_isa() {
 STABLE_TORCH_LIBRARY_FRAGMENT(fastwm, m) {
   m.def("cpu_isa() -> int");
   m.def("multiply_add_peak(int repeats) -> float");
+  m.def("limit_loss_isa(int isa) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastwm, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("multiply_add_peak", TORCH_BOX(&fastwm::multiply_add_peak));
+  m.impl("limit_loss_isa", TORCH_BOX(&fastwm::loss::limit_isa));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastwm, CPU, m) {
@@ -31,4 +35,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastwm, CPU, m) {
   m.impl("lambda_return", TORCH_BOX(&fastwm::lambda_return));
   m.impl("lambda_return_backward", TORCH_BOX(&fastwm::lambda_return_backward));
   m.impl("row_program", TORCH_BOX(&fastwm::run_row_program));
+  m.impl("two_hot_cross_entropy", TORCH_BOX(&fastwm::two_hot_cross_entropy));
+  m.impl("two_hot_cross_entropy_backward", TORCH_BOX(&fastwm::two_hot_cross_entropy_backward));
 }

@@ -6,7 +6,7 @@ from fastwm.backends import requested as requested_backend
 from fastwm.env import WorldModelEnv
 from fastwm.explain import Explanation
 from fastwm.loss import WorldModelLoss
-from fastwm.ops import gae, lambda_return
+from fastwm.ops import gae, lambda_return, two_hot_cross_entropy
 from fastwm.parity import ParityReport, check_parity
 from fastwm.patching import patch, unpatch
 from fastwm.world_model import WorldModel
@@ -24,5 +24,6 @@ __all__ = [
     "lambda_return",
     "patch",
     "requested_backend",
+    "two_hot_cross_entropy",
     "unpatch",
 ]

@@ -119,6 +119,20 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
         1e-5,
         "five roundings per step at 6e-8 accumulate over 1 / (1 - 0.99 * 0.95) = 17 steps",
     ),
+    # The losses: sums over a row (or all elements) in another order than torch's, with exponentials
+    # and logarithms of up to 3 units in the last place.
+    ("loss", torch.float32): Tolerance(
+        2e-6, 1e-6, "about 30 roundings of 6e-8; atol for terms of size 1 that cancel"
+    ),
+    ("loss", torch.float64): Tolerance(
+        1e-13, 1e-14, "the float32 line scaled by the ratio of unit roundoffs, with a margin of 30"
+    ),
+    ("loss.gradient", torch.float32): Tolerance(
+        1e-5, 1e-6, "a quotient of two sums, each off as a loss is; atol as for the loss"
+    ),
+    ("loss.gradient", torch.float64): Tolerance(
+        1e-12, 1e-14, "the float32 line scaled by the ratio of unit roundoffs, with a margin of 50"
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["MODULES", "Build"]
 
-MODULES = ("gae", "lambda_return")
+MODULES = ("gae", "lambda_return", "two_hot_cross_entropy")
 
 
 class Build(NamedTuple):

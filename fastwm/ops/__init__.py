@@ -10,6 +10,10 @@ from __future__ import annotations
 from fastwm.ops.gae import gae, gae_reference
 from fastwm.ops.lambda_return import lambda_return, lambda_return_reference
 from fastwm.ops.library import CpuLibrary, cpu_isa, cpu_library
+from fastwm.ops.two_hot_cross_entropy import (
+    two_hot_cross_entropy,
+    two_hot_cross_entropy_reference,
+)
 
 __all__ = [
     "CpuLibrary",
@@ -19,4 +23,6 @@ __all__ = [
     "gae_reference",
     "lambda_return",
     "lambda_return_reference",
+    "two_hot_cross_entropy",
+    "two_hot_cross_entropy_reference",
 ]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastwm.ops import trajectory
-from fastwm.ops.library import LIBRARY, cpu_library
+from fastwm.ops.library import LIBRARY, cpu_library, in_kernel
 
 __all__ = ["gae", "gae_reference"]
 
@@ -88,8 +88,8 @@ def gae(
 
     gamma_, gamma_scalar = trajectory.coefficient(gamma, next_state_value)
     lmbda_, lmbda_scalar = trajectory.coefficient(lmbda, next_state_value)
-    in_kernel = trajectory.in_kernel(next_state_value, state_value, reward, gamma_, lmbda_)
-    function = torch.ops.fastwm.gae.default if in_kernel else _estimate
+    kernel = in_kernel(next_state_value, state_value, reward, gamma_, lmbda_)
+    function = torch.ops.fastwm.gae.default if kernel else _estimate
     values = (state_value, next_state_value, reward)
     outputs = function(*values, done, terminated, gamma_, lmbda_, gamma_scalar, lmbda_scalar)
     if time_dim != -2:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastwm.ops import trajectory
-from fastwm.ops.library import LIBRARY, cpu_library
+from fastwm.ops.library import LIBRARY, cpu_library, in_kernel
 
 __all__ = ["lambda_return", "lambda_return_reference"]
 
@@ -98,8 +98,8 @@ def lambda_return(
     else:
         gamma_, gamma_scalar = trajectory.coefficient(gamma, next_state_value)
         lmbda_, lmbda_scalar = trajectory.coefficient(lmbda, next_state_value)
-        in_kernel = trajectory.in_kernel(next_state_value, reward, gamma_, lmbda_)
-        function = torch.ops.fastwm.lambda_return.default if in_kernel else _rolling
+        kernel = in_kernel(next_state_value, reward, gamma_, lmbda_)
+        function = torch.ops.fastwm.lambda_return.default if kernel else _rolling
         out = function(
             next_state_value, reward, done, terminated, gamma_, lmbda_, gamma_scalar, lmbda_scalar
         )

@@ -8,17 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "KERNEL_DTYPES",
-    "check",
-    "coefficient",
-    "in_kernel",
-    "like",
-    "time_from_end",
-    "time_to_second_last",
-]
-
-KERNEL_DTYPES = (torch.float32, torch.float64)
+__all__ = ["check", "coefficient", "like", "time_from_end", "time_to_second_last"]
 
 
 def check(next_value: Tensor, done: Tensor, terminated: Tensor, **others: Tensor) -> None:
@@ -71,15 +61,6 @@ def coefficient(x: float | Tensor, like: Tensor) -> tuple[Tensor | None, float]:
         # A view: the kernels read an expanded dimension through its stride of 0.
         x = x.to(like.device).expand(like.shape)
     return x, 0.0
-
-
-def in_kernel(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels take these: one dtype that they have, and no ``torch.func`` transform."""
-    return (
-        first.dtype in KERNEL_DTYPES
-        and all(x is None or x.dtype == first.dtype for x in others)
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def like(out: Tensor, layout: Tensor) -> Tensor:
