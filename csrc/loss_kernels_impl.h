@@ -242,7 +242,7 @@ FASTWM_INLINE double kl_row(const BalancedKl<T>& in, const T* q_logits, const T*
 
 template <typename T>
 FASTWM_INLINE bool below(const BalancedKl<T>& in, T kl) {
-  return in.free_nats != 0 && !(kl >= in.free_nats);
+  return in.free_nats != 0 && kl < in.free_nats; // NaN is not, and spreads
 }
 
 template <typename T>
@@ -250,7 +250,7 @@ void balanced_kl(const BalancedKl<T>& in, int64_t begin, int64_t end, T* scratch
   const int64_t width = in.groups * in.classes;
   for (int64_t r = begin; r < end; ++r) {
     T kl = T(kl_row<T, false>(in, in.posterior + r * width, in.prior + r * width, scratch, nullptr, nullptr));
-    kl = below(in, kl) && kl == kl ? in.free_nats : kl;
+    kl = below(in, kl) ? in.free_nats : kl;
     loss[r] = in.dynamics_scale * kl + in.representation_scale * kl;
   }
 }

@@ -1,7 +1,9 @@
 // The only file that speaks to torch's dispatcher. Operators are defined in Python (fastwm/ops), so that they
 // exist, and run on their references, where this library does not; here their CPU kernels are added.
+#include "balanced_kl.h"
 #include "cpu_features.h"
 #include "gae.h"
+#include "gaussian_nll.h"
 #include "lambda_return.h"
 #include "loss_op.h"
 #include "row_program.h"
@@ -30,6 +32,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastwm, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastwm, CPU, m) {
+  m.impl("balanced_kl", TORCH_BOX(&fastwm::balanced_kl));
+  m.impl("balanced_kl_backward", TORCH_BOX(&fastwm::balanced_kl_backward));
+  m.impl("gaussian_nll", TORCH_BOX(&fastwm::gaussian_nll));
+  m.impl("gaussian_nll_backward", TORCH_BOX(&fastwm::gaussian_nll_backward));
   m.impl("gae", TORCH_BOX(&fastwm::gae));
   m.impl("gae_backward", TORCH_BOX(&fastwm::gae_backward));
   m.impl("lambda_return", TORCH_BOX(&fastwm::lambda_return));

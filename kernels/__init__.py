@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["MODULES", "Build"]
 
-MODULES = ("gae", "lambda_return", "two_hot_cross_entropy")
+MODULES = ("balanced_kl", "gae", "gaussian_nll", "lambda_return", "two_hot_cross_entropy")
 
 
 class Build(NamedTuple):
