@@ -7,6 +7,7 @@
 #include "lambda_return.h"
 #include "loss_op.h"
 #include "row_program.h"
+#include "sub_losses.h"
 #include "two_hot_cross_entropy.h"
 
 #include <torch/csrc/stable/library.h>
@@ -41,6 +42,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastwm, CPU, m) {
   m.impl("lambda_return", TORCH_BOX(&fastwm::lambda_return));
   m.impl("lambda_return_backward", TORCH_BOX(&fastwm::lambda_return_backward));
   m.impl("row_program", TORCH_BOX(&fastwm::run_row_program));
+  m.impl("sub_losses", TORCH_BOX(&fastwm::sub_losses));
+  m.impl("sub_losses_backward", TORCH_BOX(&fastwm::sub_losses_backward));
   m.impl("two_hot_cross_entropy", TORCH_BOX(&fastwm::two_hot_cross_entropy));
   m.impl("two_hot_cross_entropy_backward", TORCH_BOX(&fastwm::two_hot_cross_entropy_backward));
 }

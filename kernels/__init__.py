@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 
 __all__ = ["MODULES", "Build"]
 
-MODULES = ("balanced_kl", "gae", "gaussian_nll", "lambda_return", "two_hot_cross_entropy")
+MODULES = (
+    "balanced_kl",
+    "gae",
+    "gaussian_nll",
+    "lambda_return",
+    "sub_losses",
+    "two_hot_cross_entropy",
+)
 
 
 class Build(NamedTuple):

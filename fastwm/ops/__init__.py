@@ -12,6 +12,7 @@ from fastwm.ops.gae import gae, gae_reference
 from fastwm.ops.gaussian_nll import gaussian_nll, gaussian_nll_reference
 from fastwm.ops.lambda_return import lambda_return, lambda_return_reference
 from fastwm.ops.library import CpuLibrary, cpu_isa, cpu_library
+from fastwm.ops.sub_losses import sub_losses, sub_losses_reference
 from fastwm.ops.two_hot_cross_entropy import (
     two_hot_cross_entropy,
     two_hot_cross_entropy_reference,
@@ -29,6 +30,8 @@ __all__ = [
     "gaussian_nll_reference",
     "lambda_return",
     "lambda_return_reference",
+    "sub_losses",
+    "sub_losses_reference",
     "two_hot_cross_entropy",
     "two_hot_cross_entropy_reference",
 ]
