@@ -12,6 +12,10 @@ using fastwm::LossKernels;
 using fastwm::Pair;
 using fastwm::TwoHot;
 
+// The loops' bodies are lambdas that are called twice, for whole vectors and for the rest; left as functions they would
+// keep their sums in memory and ask at each vector whether it is whole.
+#define FASTWM_BODY __attribute__((always_inline))
+
 // ------------------------------------------------------------------ vectors over rows of any width
 
 // f(i, m) for i = 0, lanes, 2 lanes, ...: elements [i, i + m), m = lanes but for the last.
@@ -84,20 +88,32 @@ FASTWM_INLINE Vec<T> first_lanes(int64_t m, Vec<T> v) {
 
 template <typename T>
 FASTWM_INLINE T max_lanes(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_reduce_max_ps((__m512)v);
+  } else {
+    return _mm512_reduce_max_pd((__m512d)v);
+  }
+#else
   T most = v[0];
   for (int i = 1; i < Lanes<T>::count; ++i) {
-    most = v[i] > most || v[i] != v[i] ? v[i] : most; // NaN stays
+    most = v[i] > most ? v[i] : most;
   }
   return most;
+#endif
 }
 
 template <typename T>
 constexpr T kInfinity = T(__builtin_inf());
 
+// The largest that is a number: a NaN shows in the sum of exponentials.
 template <typename T>
 FASTWM_INLINE T max_of(const T* x, int64_t n) {
   Vec<T> most = spread<T>(-kInfinity<T>);
-  each<T>(n, [&](int64_t i, int64_t m) { most = max_<T>(most, get<T>(x + i, m, -kInfinity<T>)); });
+  each<T>(n, [&](int64_t i, int64_t m) FASTWM_BODY {
+    const Vec<T> v = get<T>(x + i, m, -kInfinity<T>);
+    most = v > most ? v : most;
+  });
   return max_lanes<T>(most);
 }
 
@@ -105,7 +121,7 @@ FASTWM_INLINE T max_of(const T* x, int64_t n) {
 template <typename T>
 FASTWM_INLINE T exp_sum(const T* x, int64_t n, T max, T* e) {
   Vec<T> sum = spread<T>(0);
-  each<T>(n, [&](int64_t i, int64_t m) {
+  each<T>(n, [&](int64_t i, int64_t m) FASTWM_BODY {
     const Vec<T> y = exp_(get<T>(x + i, m, -kInfinity<T>) - spread<T>(max));
     sum += first_lanes<T>(m, y); // beyond the row, max = -inf would give NaN
     if (e != nullptr) {
@@ -116,9 +132,17 @@ FASTWM_INLINE T exp_sum(const T* x, int64_t n, T max, T* e) {
 }
 
 template <typename T>
-FASTWM_INLINE Vec<T> softplus(Vec<T> x) {
-  const Vec<T> zero = spread<T>(0), positive = x <= zero ? zero : x; // NaN stays
-  return positive + log1p_(exp_(-abs_<T>(x)));
+struct Soft {
+  Vec<T> plus, sigmoid, sigmoid_of_minus; // softplus(x), its derivative, and 1 - that
+};
+
+// log(1 + u) and not log1p: what is added to a bound has to be right to the last place of the bound only.
+template <typename T>
+FASTWM_INLINE Soft<T> soft(Vec<T> x) {
+  const Vec<T> zero = spread<T>(0), one = spread<T>(1);
+  const Vec<T> u = exp_(-abs_<T>(x)), sum = one + u, large = one / sum, small = u * large;
+  const Vec<T> plus = (x <= zero ? zero : x) + log_(sum); // NaN stays
+  return {plus, x >= zero ? large : small, x >= zero ? small : large};
 }
 
 // ------------------------------------------------------------------ two-hot cross-entropy
@@ -177,7 +201,7 @@ void two_hot_grad(
     T* out = grad_logits + r * in.bins;
     const Place<T> p = place(in, in.target[r]);
     const T max = max_of(x, in.bins), sum = exp_sum(x, in.bins, max, out), scale = grad[r] / sum;
-    each<T>(in.bins, [&](int64_t i, int64_t m) { put<T>(out + i, m, get<T>(out + i, m, T(0)) * spread<T>(scale)); });
+    each<T>(in.bins, [&](int64_t i, int64_t m) FASTWM_BODY { put<T>(out + i, m, get<T>(out + i, m, T(0)) * spread<T>(scale)); });
     out[p.lower] -= grad[r] * p.lower_weight;
     out[p.lower + 1] -= grad[r] * p.upper_weight;
     if (grad_target != nullptr) {
@@ -199,24 +223,23 @@ FASTWM_INLINE double kl_row(const BalancedKl<T>& in, const T* q_logits, const T*
   for (int64_t g = 0; g < in.groups; ++g, q_logits += n, p_logits += n) {
     const T q_max = max_of(q_logits, n), p_max = max_of(p_logits, n);
     const T q_sum = exp_sum(q_logits, n, q_max, soft_q), p_sum = exp_sum(p_logits, n, p_max, soft_p);
-    const T q_log = log_one(q_sum), p_log = log_one(p_sum);
+    const T q_log = mixed ? 0 : log_one(q_sum), p_log = mixed ? 0 : log_one(p_sum);
+    const Vec<T> q_scale = spread<T>(1 / q_sum), p_scale = spread<T>(1 / p_sum);
     Vec<T> divergence = spread<T>(0), mean_l = spread<T>(0), sum_qr = spread<T>(0);
-    each<T>(n, [&](int64_t i, int64_t m) {
-      const Vec<T> sq = get<T>(soft_q + i, m, T(0)) / spread<T>(q_sum);
-      const Vec<T> sp = get<T>(soft_p + i, m, T(0)) / spread<T>(p_sum);
-      Vec<T> q = sq, r = spread<T>(1), log_q, log_p; // r: (1 - unimix) * sp / p, which is 1 where nothing is mixed
+    each<T>(n, [&](int64_t i, int64_t m) FASTWM_BODY {
+      const Vec<T> sq = get<T>(soft_q + i, m, T(0)) * q_scale;
+      const Vec<T> sp = get<T>(soft_p + i, m, T(0)) * p_scale;
+      Vec<T> q = sq, r = spread<T>(1), ratio; // r: (1 - unimix) * sp / p, which is 1 where nothing is mixed
       if (mixed) {
         q = keep * sq + uniform;
-        const Vec<T> p = keep * sp + uniform;
-        log_q = log_(q);
-        log_p = log_(p);
-        r = keep * sp / p;
+        const Vec<T> kept = keep * sp, inverse = spread<T>(1) / (kept + uniform);
+        ratio = log_(q * inverse);
+        r = kept * inverse;
       } else {
         // Not the logarithm of a softmax, which may have underflowed.
-        log_q = get<T>(q_logits + i, m, T(0)) - spread<T>(q_max) - spread<T>(q_log);
-        log_p = get<T>(p_logits + i, m, T(0)) - spread<T>(p_max) - spread<T>(p_log);
+        ratio = (get<T>(q_logits + i, m, T(0)) - spread<T>(q_max) - spread<T>(q_log)) -
+            (get<T>(p_logits + i, m, T(0)) - spread<T>(p_max) - spread<T>(p_log));
       }
-      const Vec<T> ratio = log_q - log_p;
       divergence += first_lanes<T>(m, q * ratio);
       if constexpr (kGrad) {
         mean_l += first_lanes<T>(m, sq * ratio);
@@ -230,7 +253,7 @@ FASTWM_INLINE double kl_row(const BalancedKl<T>& in, const T* q_logits, const T*
     kl += double(sum_lanes<T>(divergence));
     if constexpr (kGrad) {
       const Vec<T> mean = spread<T>(sum_lanes<T>(mean_l)), sum = spread<T>(sum_lanes<T>(sum_qr));
-      each<T>(n, [&](int64_t i, int64_t m) {
+      each<T>(n, [&](int64_t i, int64_t m) FASTWM_BODY {
         const Vec<T> sq = get<T>(soft_q + i, m, T(0)), sp = get<T>(soft_p + i, m, T(0));
         put<T>(to_q + g * n + i, m, keep * sq * (get<T>(l + i, m, T(0)) - mean));
         put<T>(to_p + g * n + i, m, sp * sum - get<T>(qr + i, m, T(0)));
@@ -265,7 +288,7 @@ void balanced_kl_grad(
     const bool off = below(in, kl); // a choice, not a product with 0: what is below may not be finite
     const Vec<T> q_scale = spread<T>(grad[r] * in.representation_scale);
     const Vec<T> p_scale = spread<T>(grad[r] * in.dynamics_scale);
-    each<T>(width, [&](int64_t i, int64_t m) {
+    each<T>(width, [&](int64_t i, int64_t m) FASTWM_BODY {
       put<T>(to_q + i, m, off ? spread<T>(0) : get<T>(to_q + i, m, T(0)) * q_scale);
       put<T>(to_p + i, m, off ? spread<T>(0) : get<T>(to_p + i, m, T(0)) * p_scale);
     });
@@ -274,26 +297,58 @@ void balanced_kl_grad(
 
 // ------------------------------------------------------------------ Gaussian NLL with soft bounds
 
-template <typename T>
-void gaussian_nll(const GaussianNll<T>& in, int64_t begin, int64_t end, T* loss) {
-  for (int64_t r = begin; r < end; ++r) {
-    const int64_t at = r * in.features;
-    Vec<T> sum = spread<T>(0);
-    each<T>(in.features, [&](int64_t i, int64_t m) {
-      const Vec<T> high = get<T>(in.max_logvar + i, m, T(0)), low = get<T>(in.min_logvar + i, m, T(0));
-      const Vec<T> below_max = high - softplus<T>(high - get<T>(in.logvar + at + i, m, T(0)));
-      const Vec<T> logvar = low + softplus<T>(below_max - low);
-      const Vec<T> error = get<T>(in.mean + at + i, m, T(0)) - get<T>(in.target + at + i, m, T(0));
-      sum += first_lanes<T>(m, error * error * exp_(-logvar) + logvar);
-    });
-    loss[r] = sum_lanes<T>(sum);
-  }
-}
+// Few features would leave most of a vector empty: rows are taken side by side, kSide elements or one row at a time,
+// with the bounds repeated for each.
+constexpr int64_t kSide = 256;
 
 template <typename T>
-FASTWM_INLINE void add(double* sum, int64_t m, Vec<T> v) {
-  for (int64_t j = 0; j < m; ++j) {
-    sum[j] += double(v[j]);
+struct Side {
+  int64_t rows; // at a time
+  T high[kSide], low[kSide]; // used where a row is at most half of kSide
+  const T *max_logvar, *min_logvar;
+
+  explicit Side(const GaussianNll<T>& in)
+      : rows(in.features > 0 && in.features <= kSide / 2 ? kSide / in.features : 1),
+        max_logvar(in.max_logvar),
+        min_logvar(in.min_logvar) {
+    if (rows > 1) {
+      for (int64_t i = 0; i < rows * in.features; ++i) {
+        high[i] = in.max_logvar[i % in.features];
+        low[i] = in.min_logvar[i % in.features];
+      }
+      max_logvar = high;
+      min_logvar = low;
+    }
+  }
+};
+
+template <typename T>
+void gaussian_nll(const GaussianNll<T>& in, int64_t begin, int64_t end, T* loss) {
+  const Side<T> side(in);
+  for (int64_t first = begin; first < end; first += side.rows) {
+    const int64_t rows = end - first < side.rows ? end - first : side.rows, at = first * in.features;
+    const auto term = [&](int64_t i, int64_t m) FASTWM_BODY {
+      const Vec<T> high = get<T>(side.max_logvar + i, m, T(0)), low = get<T>(side.min_logvar + i, m, T(0));
+      const Vec<T> below_max = high - soft<T>(high - get<T>(in.logvar + at + i, m, T(0))).plus;
+      const Vec<T> logvar = low + soft<T>(below_max - low).plus;
+      const Vec<T> error = get<T>(in.mean + at + i, m, T(0)) - get<T>(in.target + at + i, m, T(0));
+      return error * error * exp_(-logvar) + logvar;
+    };
+    if (side.rows == 1) {
+      Vec<T> sum = spread<T>(0);
+      each<T>(in.features, [&](int64_t i, int64_t m) FASTWM_BODY { sum += first_lanes<T>(m, term(i, m)); });
+      loss[first] = sum_lanes<T>(sum);
+      continue;
+    }
+    T terms[kSide];
+    each<T>(rows * in.features, [&](int64_t i, int64_t m) FASTWM_BODY { put<T>(terms + i, m, term(i, m)); });
+    for (int64_t r = 0; r < rows; ++r) {
+      T sum = 0;
+      for (int64_t i = 0; i < in.features; ++i) {
+        sum += terms[r * in.features + i];
+      }
+      loss[first + r] = sum;
+    }
   }
 }
 
@@ -308,23 +363,47 @@ void gaussian_nll_grad(
     double* grad_max,
     double* grad_min) {
   const Vec<T> one = spread<T>(1);
-  each<T>(in.features, [&](int64_t i, int64_t m) {
-    const Vec<T> high = get<T>(in.max_logvar + i, m, T(0)), low = get<T>(in.min_logvar + i, m, T(0));
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t at = r * in.features + i;
-      const Vec<T> g = spread<T>(grad[r]);
-      const Vec<T> to_max = high - get<T>(in.logvar + at, m, T(0));
-      const Vec<T> to_min = high - softplus<T>(to_max) - low;
-      const Vec<T> precision = exp_(-(low + softplus<T>(to_min)));
-      const Vec<T> error = get<T>(in.mean + at, m, T(0)) - get<T>(in.target + at, m, T(0));
-      const Vec<T> to_logvar = g * (one - error * error * precision); // the bounded one
-      const Vec<T> to_below_max = to_logvar * sigmoid_<T>(to_min);
-      put<T>(grad_mean + at, m, g * spread<T>(2) * error * precision);
-      put<T>(grad_logvar + at, m, to_below_max * sigmoid_<T>(to_max));
-      add<T>(grad_max + i, m, to_below_max * sigmoid_<T>(-to_max));
-      add<T>(grad_min + i, m, to_logvar * sigmoid_<T>(-to_min));
+  const Side<T> side(in);
+  T grads[kSide], to_max[kSide], to_min[kSide];
+  for (int64_t first = begin; first < end; first += side.rows) {
+    const int64_t rows = end - first < side.rows ? end - first : side.rows;
+    // One row may be longer than what is side by side.
+    for (int64_t from = 0; from < rows * in.features; from += kSide) {
+      const int64_t left = rows * in.features - from, n = left < kSide ? left : kSide;
+      const int64_t at = first * in.features + from;
+      for (int64_t i = 0, r = first, column = from; i < n; ++i) {
+        grads[i] = grad[r];
+        if (++column == in.features) {
+          column = 0;
+          ++r;
+        }
+      }
+      each<T>(n, [&](int64_t i, int64_t m) FASTWM_BODY {
+        const Vec<T> g = get<T>(grads + i, m, T(0));
+        const Vec<T> high = get<T>(side.max_logvar + from + i, m, T(0));
+        const Vec<T> low = get<T>(side.min_logvar + from + i, m, T(0));
+        const Soft<T> upper = soft<T>(high - get<T>(in.logvar + at + i, m, T(0)));
+        const Soft<T> lower = soft<T>(high - upper.plus - low);
+        const Vec<T> precision = exp_(-(low + lower.plus));
+        const Vec<T> error = get<T>(in.mean + at + i, m, T(0)) - get<T>(in.target + at + i, m, T(0));
+        const Vec<T> to_logvar = g * (one - error * error * precision); // the bounded one
+        const Vec<T> to_below_max = to_logvar * lower.sigmoid;
+        put<T>(grad_mean + at + i, m, g * spread<T>(2) * error * precision);
+        put<T>(grad_logvar + at + i, m, to_below_max * upper.sigmoid);
+        put<T>(to_max + i, m, to_below_max * upper.sigmoid_of_minus);
+        put<T>(to_min + i, m, to_logvar * lower.sigmoid_of_minus);
+      });
+      for (int64_t i = 0; i < n;) {
+        const int64_t column = (from + i) % in.features;
+        const int64_t count = in.features - column < n - i ? in.features - column : n - i;
+        for (int64_t j = 0; j < count; ++j) {
+          grad_max[column + j] += double(to_max[i + j]);
+          grad_min[column + j] += double(to_min[i + j]);
+        }
+        i += count;
+      }
     }
-  });
+  }
 }
 
 // ------------------------------------------------------------------ sub-losses
@@ -398,9 +477,9 @@ FASTWM_INLINE void staged(const Pair<T>& in, int64_t begin, int64_t end, F f) {
 template <typename T, Distance kDistance>
 double sum_of(const Pair<T>& in, int64_t begin, int64_t end) {
   double total = 0;
-  staged<T>(in, begin, end, [&](int64_t at, int64_t n, const T* y, const T* counts) {
+  staged<T>(in, begin, end, [&](int64_t at, int64_t n, const T* y, const T* counts) FASTWM_BODY {
     Vec<T> sum = spread<T>(0);
-    each<T>(n, [&](int64_t i, int64_t m) {
+    each<T>(n, [&](int64_t i, int64_t m) FASTWM_BODY {
       Vec<T> loss = distance<T, kDistance>(get<T>(in.prediction + at + i, m, T(0)), get<T>(y + i, m, T(0)));
       if (counts != nullptr) {
         // Selected, not multiplied: what does not count may not be finite.
@@ -415,8 +494,8 @@ double sum_of(const Pair<T>& in, int64_t begin, int64_t end) {
 
 template <typename T, Distance kDistance>
 void grad_of(const Pair<T>& in, int64_t begin, int64_t end, T scale, T* grad) {
-  staged<T>(in, begin, end, [&](int64_t at, int64_t n, const T* y, const T* counts) {
-    each<T>(n, [&](int64_t i, int64_t m) {
+  staged<T>(in, begin, end, [&](int64_t at, int64_t n, const T* y, const T* counts) FASTWM_BODY {
+    each<T>(n, [&](int64_t i, int64_t m) FASTWM_BODY {
       Vec<T> g = derivative<T, kDistance>(get<T>(in.prediction + at + i, m, T(0)), get<T>(y + i, m, T(0)));
       g *= spread<T>(scale);
       if (counts != nullptr) {

@@ -61,9 +61,9 @@ def gaussian_nll(
         torch.Size([4])
     """
     _check(mean, logvar, target, max_logvar, min_logvar)
-    bounds = tuple(_per_feature(x, mean.shape[-1]) for x in (max_logvar, min_logvar))
-    if in_kernel(mean, logvar, target, *bounds) and None not in bounds:
-        return torch.ops.fastwm.gaussian_nll(mean, logvar, target, *bounds)
+    high, low = (_per_feature(x, mean.shape[-1]) for x in (max_logvar, min_logvar))
+    if high is not None and low is not None and in_kernel(mean, logvar, target, high, low):
+        return torch.ops.fastwm.gaussian_nll.default(mean, logvar, target, high, low)
     return _loss(mean, logvar, target, max_logvar, min_logvar)
 
 
@@ -91,7 +91,7 @@ def gaussian_nll_reference(
 
 def _check(mean: Tensor, logvar: Tensor, target: Tensor, *bounds: Tensor) -> None:
     tensors = {"mean": mean, "logvar": logvar, "target": target}
-    tensors |= dict(zip(("max_logvar", "min_logvar"), bounds, strict=True))
+    tensors["max_logvar"], tensors["min_logvar"] = bounds
     if mean.ndim < 1:
         raise ValueError(f"mean must be [*batch, features]: got {list(mean.shape)}.")
     for name, x in tensors.items():
@@ -108,6 +108,8 @@ def _check(mean: Tensor, logvar: Tensor, target: Tensor, *bounds: Tensor) -> Non
                 f"{name} is on {x.device}, mean on {mean.device}."
             )
         leading = mean.ndim - x.ndim
+        if x.shape == mean.shape[leading:]:
+            continue
         if leading < 0 or any(
             size not in (1, of) for size, of in zip(x.shape, mean.shape[leading:], strict=True)
         ):
@@ -119,6 +121,8 @@ def _check(mean: Tensor, logvar: Tensor, target: Tensor, *bounds: Tensor) -> Non
 
 def _per_feature(bound: Tensor, features: int) -> Tensor | None:
     """A bound as the kernels take it, or None where rows have different ones."""
+    if bound.shape == (features,):
+        return bound
     if bound.numel() == 1:
         return bound.reshape(1).expand(features)
     return bound.reshape(features) if bound.shape[-1] == bound.numel() else None
