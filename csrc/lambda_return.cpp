@@ -1,128 +1,14 @@
 #include "lambda_return.h"
 
-#include "rows.h"
-
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
+#include "trajectory.h"
 
 namespace fastwm {
 
 namespace {
 
-using torch::headeronly::ScalarType;
+using namespace trajectory;
 
-// A bool tensor holds bytes of 0 or 1; as bool itself the compiler does not vectorise their loads.
-using flag_t = uint8_t;
-
-// The recurrence over time is one chain of dependent operations per row. A block of rows goes through it side by
-// side: enough chains in flight to hide their latency, few enough that a block's data stays in L1.
-constexpr int64_t kBlock = 32;
-// Elements below which a thread is not worth waking.
-constexpr int64_t kGrain = 16384;
-
-void check(const Tensor& first, const char* name, const Tensor& tensor, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.is_cpu(), "fastwm::lambda_return: ", name, " must be on the CPU");
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "fastwm::lambda_return: ", name, " has the wrong dtype");
-  bool same = tensor.dim() == first.dim();
-  for (int64_t d = 0; same && d < first.dim(); ++d) {
-    same = tensor.size(d) == first.size(d);
-  }
-  STD_TORCH_CHECK(same, "fastwm::lambda_return: ", name, " must have the shape of the first tensor");
-}
-
-ScalarType check_first(const Tensor& first) {
-  const ScalarType dtype = first.scalar_type();
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::Double,
-      "fastwm::lambda_return: only float32 and float64 are supported");
-  STD_TORCH_CHECK(first.is_cpu(), "fastwm::lambda_return: the first tensor must be on the CPU");
-  STD_TORCH_CHECK(first.dim() >= 2, "fastwm::lambda_return: tensors must be [*batch, time, feature]");
-  STD_TORCH_CHECK(first.size(first.dim() - 2) > 0, "fastwm::lambda_return: the time dimension is empty");
-  return dtype;
-}
-
-const Tensor* pointer(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? &*tensor : nullptr;
-}
-
-template <typename scalar_t>
-const scalar_t* data(const Tensor& tensor) {
-  return static_cast<const scalar_t*>(tensor.const_data_ptr());
-}
-
-template <typename scalar_t>
-const scalar_t* data(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? data<scalar_t>(*tensor) : nullptr;
-}
-
-template <typename scalar_t>
-scalar_t* mutable_data(const Tensor& tensor) {
-  return static_cast<scalar_t*>(tensor.mutable_data_ptr());
-}
-
-// Where up to kBlock rows begin in each of N tensors.
-template <std::size_t N>
-struct Block {
-  int64_t offsets[N][kBlock];
-  int64_t count;
-  // Neighbouring rows are neighbouring elements in every tensor (time-major data): a step of the block is
-  // contiguous memory and the compiler vectorises over rows.
-  bool unit = true;
-
-  Block(const Rows<N>& rows, int64_t begin) : count(std::min(kBlock, rows.rows() - begin)) {
-    auto position = rows.at(begin);
-    for (int64_t i = 0; i < count; ++i, position.next()) {
-      for (std::size_t k = 0; k < N; ++k) {
-        offsets[k][i] = position.offset(k);
-        unit = unit && (!rows.present(k) || offsets[k][i] == offsets[k][0] + i);
-      }
-    }
-  }
-};
-
-// One step of a block in one tensor: lane i is row i.
-template <typename T, bool kUnit>
-struct Step {
-  T* __restrict pointer;
-  const int64_t* __restrict offsets;
-
-  template <std::size_t N>
-  Step(T* base, std::size_t k, int64_t t, const Rows<N>& rows, const Block<N>& block)
-      : pointer(base + t * rows.time_stride(k) + (kUnit ? block.offsets[k][0] : 0)), offsets(block.offsets[k]) {}
-
-  T& operator[](int64_t i) const { return pointer[kUnit ? i : offsets[i]]; }
-};
-
-template <typename Kernel>
-void run(const Kernel& kernel, const Rows<Kernel::kCount>& rows) {
-  const int64_t blocks = (rows.rows() + kBlock - 1) / kBlock;
-  const int64_t grain = std::max<int64_t>(1, kGrain / (kBlock * rows.time()));
-  const bool tensors = kernel.gamma != nullptr || kernel.lmbda != nullptr;
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const Block<Kernel::kCount> block(rows, b * kBlock);
-      if (tensors) {
-        block.unit ? kernel.template block<true, true>(rows, block) : kernel.template block<false, true>(rows, block);
-      } else {
-        block.unit ? kernel.template block<true, false>(rows, block) : kernel.template block<false, false>(rows, block);
-      }
-    }
-  });
-}
-
-// A discount or lambda: a tensor's, or the scalar where there is none. Kernels with scalars only (kTensors false)
-// are compiled apart: a choice within the loop over rows would keep it from being vectorised.
-template <typename scalar_t, bool kUnit, bool kTensors>
-struct Coefficient {
-  const bool present;
-  const scalar_t scalar;
-  const Step<const scalar_t, kUnit> step;
-
-  scalar_t operator[](int64_t i) const { return kTensors && present ? step[i] : scalar; }
-};
+constexpr const char* kOp = "fastwm::lambda_return";
 
 template <typename scalar_t>
 struct Forward {
@@ -216,16 +102,12 @@ Tensor lambda_return(
     const std::optional<Tensor>& lmbda,
     double gamma_scalar,
     double lmbda_scalar) {
-  const ScalarType dtype = check_first(next_value);
-  check(next_value, "reward", reward, dtype);
-  check(next_value, "done", done, ScalarType::Bool);
-  check(next_value, "terminated", terminated, ScalarType::Bool);
-  if (gamma.has_value()) {
-    check(next_value, "gamma", *gamma, dtype);
-  }
-  if (lmbda.has_value()) {
-    check(next_value, "lmbda", *lmbda, dtype);
-  }
+  const ScalarType dtype = check_trajectory(kOp, next_value);
+  STD_TORCH_CHECK(next_value.size(next_value.dim() - 2) > 0, kOp, ": the time dimension is empty");
+  check_like(kOp, next_value, "reward", reward, dtype);
+  check_like(kOp, next_value, "done", done, ScalarType::Bool);
+  check_like(kOp, next_value, "terminated", terminated, ScalarType::Bool);
+  check_coefficients(kOp, next_value, gamma, lmbda);
   Tensor out = torch::stable::empty_like(next_value);
   const auto launch = [&]<typename scalar_t>(scalar_t) {
     using Kernel = Forward<scalar_t>;
@@ -241,7 +123,7 @@ Tensor lambda_return(
         mutable_data<scalar_t>(out),
         static_cast<scalar_t>(gamma_scalar),
         static_cast<scalar_t>(lmbda_scalar)};
-    run(kernel, rows);
+    run_blocks(kernel, rows);
   };
   dtype == ScalarType::Float ? launch(float{}) : launch(double{});
   return out;
@@ -255,15 +137,11 @@ std::tuple<Tensor, Tensor> lambda_return_backward(
     const std::optional<Tensor>& lmbda,
     double gamma_scalar,
     double lmbda_scalar) {
-  const ScalarType dtype = check_first(grad);
-  check(grad, "done", done, ScalarType::Bool);
-  check(grad, "terminated", terminated, ScalarType::Bool);
-  if (gamma.has_value()) {
-    check(grad, "gamma", *gamma, dtype);
-  }
-  if (lmbda.has_value()) {
-    check(grad, "lmbda", *lmbda, dtype);
-  }
+  const ScalarType dtype = check_trajectory(kOp, grad);
+  STD_TORCH_CHECK(grad.size(grad.dim() - 2) > 0, kOp, ": the time dimension is empty");
+  check_like(kOp, grad, "done", done, ScalarType::Bool);
+  check_like(kOp, grad, "terminated", terminated, ScalarType::Bool);
+  check_coefficients(kOp, grad, gamma, lmbda);
   Tensor grad_value = torch::stable::empty_like(grad);
   Tensor grad_reward = torch::stable::empty_like(grad);
   const auto launch = [&]<typename scalar_t>(scalar_t) {
@@ -280,7 +158,7 @@ std::tuple<Tensor, Tensor> lambda_return_backward(
         mutable_data<scalar_t>(grad_reward),
         static_cast<scalar_t>(gamma_scalar),
         static_cast<scalar_t>(lmbda_scalar)};
-    run(kernel, rows);
+    run_blocks(kernel, rows);
   };
   dtype == ScalarType::Float ? launch(float{}) : launch(double{});
   return {grad_value, grad_reward};

@@ -6,7 +6,7 @@ from fastwm.backends import requested as requested_backend
 from fastwm.env import WorldModelEnv
 from fastwm.explain import Explanation
 from fastwm.loss import WorldModelLoss
-from fastwm.ops import lambda_return
+from fastwm.ops import balanced_kl, gae, gaussian_nll, lambda_return, two_hot_cross_entropy
 from fastwm.parity import ParityReport, check_parity
 from fastwm.patching import patch, unpatch
 from fastwm.world_model import WorldModel
@@ -19,9 +19,13 @@ __all__ = [
     "WorldModelEnv",
     "WorldModelLoss",
     "backend",
+    "balanced_kl",
     "check_parity",
+    "gae",
+    "gaussian_nll",
     "lambda_return",
     "patch",
     "requested_backend",
+    "two_hot_cross_entropy",
     "unpatch",
 ]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.nn import dispatch
 from tensordict.utils import NestedKey, unravel_key
@@ -17,6 +15,7 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import distance_loss
 
 from fastwm.backends import check_name, requested
+from fastwm.ops.sub_losses import elementwise, sub_losses, why_not_in_kernel
 
 __all__ = ["WorldModelLoss"]
 
@@ -71,8 +70,11 @@ class WorldModelLoss(LossModule):
             are 0), as in every ``LossModule``; by default those are the ones that torchrl itself
             marks, such as the padding of a ``SliceSampler``. ``loss.loss_mask_key = None`` counts
             everything.
-        backend: ``"auto"`` (default) and ``"eager"`` run eagerly. ``"captured"`` and ``"fused"``
-            are not there yet for losses.
+        backend: ``"fused"`` computes all sub-losses in one call of a C++ or Triton kernel, and
+            their gradients in another: scalar reductions, predictions in float32 or float64 with
+            targets of their dtype (or bool), all on one device. The values are those of eager
+            within ``fastwm/tolerances.py``. ``"auto"`` (default) takes it where it can and is
+            ``"eager"`` elsewhere. There is no ``"captured"`` for losses.
 
     Attributes:
         in_keys: what the batch must hold: the ``in_keys`` of the world model, then the targets.
@@ -220,17 +222,19 @@ class WorldModelLoss(LossModule):
                     f"choose one of {', '.join(valid)}."
                 )
 
-    def _check_backend(self) -> None:
+    def _backend(self) -> str:
+        """``"auto"``, ``"fused"`` or ``"eager"``."""
         if is_compiling():
             # Inside torch.compile the compiler is the engine.
-            return
+            return "eager"
         name = requested(self.backend)
-        if name not in ("auto", "eager"):
+        if name == "captured":
             raise RuntimeError(
-                f"The backend {name!r} was asked for (by backend=, fastwm.backend or "
-                f"FASTWM_BACKEND), but no {name} engine takes a WorldModelLoss yet: it has no "
-                "horizon to loop over and runs eagerly. Ask for 'auto' or 'eager'."
+                "The backend 'captured' was asked for (by backend=, fastwm.backend or "
+                "FASTWM_BACKEND), but no captured engine takes a WorldModelLoss: it has no "
+                "horizon to loop over. Ask for 'auto', 'fused' or 'eager'."
             )
+        return name
 
     # ---------------------------------------------------------------- keys
 
@@ -343,7 +347,7 @@ class WorldModelLoss(LossModule):
         return self._losses_of(TensorDict(tensordict.to_dict(), batch_size=batch))
 
     def _losses_of(self, tensordict: TensorDictBase) -> TensorDictBase:
-        self._check_backend()
+        backend = self._backend()
         self._check_settings()
         active = self._active()
         # Its nested tensordicts are copied with it; the tensors are shared, nobody writes in them.
@@ -352,6 +356,7 @@ class WorldModelLoss(LossModule):
 
         predicted = self.world_model(batch)
 
+        pairs: list[_Pair] = []
         losses: dict[str, Any] = {}
         for name in active:
             key, prediction, target_key, target = self._pair(name, predicted, truth)
@@ -362,10 +367,9 @@ class WorldModelLoss(LossModule):
                     f"The world model wrote no {key!r}, which the {name!r} loss compares with "
                     f"{target_key!r}. After it ran there were {_listed(predicted)}."
                 )
-            losses[f"loss_{name}"] = self._compare(
-                name, key, prediction, target_key, target, tensordict
-            )
-        out = TensorDict(losses, batch_size=self._out_batch_size(tensordict))
+            losses[f"loss_{name}"] = _paired(name, key, prediction, target_key, target, pairs)
+        values = self._values(pairs, tensordict, backend)
+        out = self._filled(losses, values, self._out_batch_size(tensordict))
         self._clear_weakrefs(tensordict, batch, predicted, out)
         return out
 
@@ -426,51 +430,97 @@ class WorldModelLoss(LossModule):
             target = truth[target_key]
         return key, predicted.get(key, None), target_key, target
 
-    def _compare(
-        self,
-        name: str,
-        key: NestedKey,
-        prediction: Any,
-        target_key: NestedKey,
-        target: Any,
-        tensordict: TensorDictBase,
-    ) -> Any:
-        """The distance between two values, reduced and weighted; entry by entry for tensordicts."""
-        if is_tensor_collection(prediction) and is_tensor_collection(target):
-            if set(prediction.keys()) != set(target.keys()):
-                raise KeyError(
-                    f"The {name!r} loss compares {key!r}, which has {_listed(prediction)}, with "
-                    f"{target_key!r}, which has {_listed(target)}."
+    def _values(
+        self, pairs: list[_Pair], tensordict: TensorDictBase, backend: str
+    ) -> list[torch.Tensor]:
+        """The distance of each pair, reduced and weighted."""
+        if not pairs:
+            return []
+        for pair in pairs:
+            if self._distance(pair) == "binary_cross_entropy":
+                _check_probabilities(pair)
+        if backend != "eager":
+            masks = self._masks(pairs, tensordict)
+            why = self._why_not_fused(pairs, masks)
+            if not why:
+                return self._fused_values(pairs, masks)
+            if backend == "fused":
+                raise RuntimeError(
+                    "The backend 'fused' was asked for (by backend=, fastwm.backend or "
+                    f"FASTWM_BACKEND), but it does not take this WorldModelLoss: {why}."
                 )
-            entries = {
-                entry: self._compare(
-                    name,
-                    unravel_key((key, entry)),
-                    value,
-                    unravel_key((target_key, entry)),
-                    target.get(entry),
-                    tensordict,
-                )
-                for entry, value in prediction.items()
-            }
-            return TensorDict(entries, batch_size=self._out_batch_size(tensordict))
-        if prediction.shape != target.shape:
-            raise RuntimeError(
-                f"The {name!r} loss compares the prediction {key!r} of shape "
-                f"{tuple(prediction.shape)} with the target {target_key!r} of shape "
-                f"{tuple(target.shape)}. The shapes must be equal; nothing is broadcast."
-            )
-        distance = getattr(self, f"{name}_loss")
-        if name == "done":
-            # Either may be bool, integer or any float.
-            prediction, target = prediction.float(), target.float()
-        if distance == "binary_cross_entropy":
-            loss = _binary_cross_entropy(key, prediction, target)
-        elif distance == "binary_cross_entropy_with_logits":
-            loss = F.binary_cross_entropy_with_logits(prediction, target, reduction="none")
+        return [self._eager_value(pair, tensordict) for pair in pairs]
+
+    def _distance(self, pair: _Pair) -> str:
+        return getattr(self, f"{pair.name}_loss")
+
+    def _weight(self, pair: _Pair) -> float:
+        return getattr(self, f"{pair.name}_weight")
+
+    def _eager_value(self, pair: _Pair, tensordict: TensorDictBase) -> torch.Tensor:
+        prediction, target, distance = pair.prediction, pair.target, self._distance(pair)
+        if pair.name == "done":
+            target = target.float()
+        if distance in CROSS_ENTROPIES:
+            loss = elementwise(prediction, target, distance)
         else:
             loss = distance_loss(prediction, target, distance)
-        return getattr(self, f"{name}_weight") * self._reduce_loss(loss, tensordict)
+        return self._weight(pair) * self._reduce_loss(loss, tensordict)
+
+    def _fused_values(self, pairs: list[_Pair], masks: list[torch.Tensor]) -> list[torch.Tensor]:
+        return sub_losses(
+            [pair.prediction for pair in pairs],
+            [pair.target for pair in pairs],
+            [self._distance(pair) for pair in pairs],
+            [self._weight(pair) for pair in pairs],
+            reduction=self.reduction,
+            masks=masks,
+        )
+
+    def _why_not_fused(self, pairs: list[_Pair], masks: list[torch.Tensor]) -> str:
+        if self.reduction == "none":
+            return "reduction='none' gives no scalars"
+        if type(self)._reduce_loss is not LossModule._reduce_loss:
+            return "its class reduces in its own way"
+        if not all(isinstance(self._weight(pair), int | float) for pair in pairs):
+            return "a weight is no number"
+        if any(mask.dtype != torch.bool for mask in masks):
+            return "a mask is not bool"
+        if any(m.device != p.prediction.device for m, p in zip(masks, pairs, strict=False)):
+            return "a mask is on another device"
+        return why_not_in_kernel(
+            [pair.prediction for pair in pairs],
+            [pair.target for pair in pairs],
+            [self._distance(pair) for pair in pairs],
+        )
+
+    def _masks(self, pairs: list[_Pair], tensordict: TensorDictBase) -> list[torch.Tensor]:
+        """What counts of each pair, over the first dimensions of its tensors; nothing where
+        everything counts."""
+        found = [tensordict.get(key, None) for key in self._loss_mask_keys()]
+        given = [mask for mask in found if mask is not None]
+        if not given:
+            return []
+        masks = []
+        for pair in pairs:
+            if len(given) == 1 and (mask := _leading(given[0], pair.prediction)) is not None:
+                masks.append(mask)
+                continue
+            expanded = [self._expand_loss_mask(mask, pair.prediction) for mask in given]
+            masks.append(torch.stack(expanded).all(0))
+        return masks
+
+    def _filled(
+        self, losses: dict[str, Any], values: list[torch.Tensor], batch_size: torch.Size
+    ) -> TensorDict:
+        """``losses`` with the values that its indices stand for."""
+        filled = {
+            key: self._filled(index, values, batch_size)
+            if isinstance(index, dict)
+            else values[index]
+            for key, index in losses.items()
+        }
+        return TensorDict(filled, batch_size=batch_size)
 
     def _out_batch_size(self, tensordict: TensorDictBase) -> torch.Size:
         return tensordict.batch_size if self.reduction == "none" else torch.Size([])
@@ -491,23 +541,73 @@ def _missing(name: str, key: NestedKey, tensordict: TensorDictBase) -> KeyError:
     )
 
 
-def _binary_cross_entropy(
-    key: NestedKey, probability: torch.Tensor, target: torch.Tensor
-) -> torch.Tensor:
-    """Elementwise cross-entropy of probabilities; NaN where they are none.
+@dataclass
+class _Pair:
+    """What a sub-loss compares, or an entry of it."""
 
-    torch's own op ends the CUDA context (a device-side assert) over one number outside [0, 1], a
-    NaN included, and refuses to run under CUDA autocast even on float32.
-    """
+    name: str
+    key: NestedKey
+    prediction: torch.Tensor
+    target: torch.Tensor
+
+
+def _paired(
+    name: str,
+    key: NestedKey,
+    prediction: Any,
+    target_key: NestedKey,
+    target: Any,
+    pairs: list[_Pair],
+) -> Any:
+    """Append what is to be compared to ``pairs``; return the index of its loss, or a dict of such
+    where prediction and target are tensordicts."""
+    if is_tensor_collection(prediction) and is_tensor_collection(target):
+        if set(prediction.keys()) != set(target.keys()):
+            raise KeyError(
+                f"The {name!r} loss compares {key!r}, which has {_listed(prediction)}, with "
+                f"{target_key!r}, which has {_listed(target)}."
+            )
+        return {
+            entry: _paired(
+                name,
+                unravel_key((key, entry)),
+                value,
+                unravel_key((target_key, entry)),
+                target.get(entry),
+                pairs,
+            )
+            for entry, value in prediction.items()
+        }
+    if prediction.shape != target.shape:
+        raise RuntimeError(
+            f"The {name!r} loss compares the prediction {key!r} of shape "
+            f"{tuple(prediction.shape)} with the target {target_key!r} of shape "
+            f"{tuple(target.shape)}. The shapes must be equal; nothing is broadcast."
+        )
+    if name == "done":
+        # Either may be bool, integer or any float; the fused kernel reads bool as it is.
+        prediction = prediction.float()
+        target = target if target.dtype == torch.bool else target.float()
+    pairs.append(_Pair(name, key, prediction, target))
+    return len(pairs) - 1
+
+
+def _leading(mask: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor | None:
+    """``mask`` without the last dimensions of size 1 that keep it from being over the first
+    dimensions of ``prediction``; None where it is not over those."""
+    while mask.ndim and mask.shape != prediction.shape[: mask.ndim] and mask.shape[-1] == 1:
+        mask = mask.squeeze(-1)
+    return mask if mask.shape == prediction.shape[: mask.ndim] else None
+
+
+def _check_probabilities(pair: _Pair) -> None:
+    """Raise for what is no probability; on the CPU only, elsewhere to look is to wait."""
+    probability = pair.prediction
     valid = (probability >= 0) & (probability <= 1)
     looked_at = probability.device.type == "cpu" and not is_compiling()
     if looked_at and not (valid | probability.isnan()).all():
         raise RuntimeError(
-            f"The 'done' loss was given {key!r} as probabilities, but it has values from "
+            f"The 'done' loss was given {pair.key!r} as probabilities, but it has values from "
             f"{probability.min().item():.3g} to {probability.max().item():.3g}. For a head that "
             "emits logits: done_loss='binary_cross_entropy_with_logits'."
         )
-    with torch.autocast("cuda", enabled=False) if probability.is_cuda else nullcontext():
-        inside = probability.where(valid, torch.zeros_like(probability))
-        loss = F.binary_cross_entropy(inside, target, reduction="none")
-    return loss.where(valid, torch.full_like(loss, torch.nan))

@@ -95,6 +95,44 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
         1e-5,
         "five roundings per step at 6e-8 accumulate over 1 / (1 - 0.99 * 0.95) = 17 steps",
     ),
+    # fastwm.gae, as the lambda-return.
+    ("gae", torch.float32): Tolerance(
+        0.0, 0.0, "same operations in the same order, no contraction: bit for bit"
+    ),
+    ("gae", torch.float64): Tolerance(0.0, 0.0, "as for float32"),
+    ("gae.gradient", torch.float32): Tolerance(
+        1e-5, 1e-6, "two products per step reassociated against autograd's order, over 129 steps"
+    ),
+    ("gae.gradient", torch.float64): Tolerance(
+        1e-13, 1e-14, "as for float32, with float64's unit roundoff and a margin of 10"
+    ),
+    ("gae.triton", torch.float32): Tolerance(
+        1e-6,
+        1e-6,
+        "five roundings per step at 6e-8, damped by gamma * lambda < 1; atol for sums near zero",
+    ),
+    ("gae.triton", torch.float64): Tolerance(
+        1e-14, 1e-14, "as for float32, with float64's unit roundoff"
+    ),
+    ("gae.float64", torch.float32): Tolerance(
+        1e-5,
+        1e-5,
+        "five roundings per step at 6e-8 accumulate over 1 / (1 - 0.99 * 0.95) = 17 steps",
+    ),
+    # The losses: sums over a row (or all elements) in another order than torch's, with exponentials
+    # and logarithms of up to 3 units in the last place.
+    ("loss", torch.float32): Tolerance(
+        2e-6, 1e-6, "about 30 roundings of 6e-8; atol for terms of size 1 that cancel"
+    ),
+    ("loss", torch.float64): Tolerance(
+        1e-13, 1e-14, "the float32 line scaled by the ratio of unit roundoffs, with a margin of 30"
+    ),
+    ("loss.gradient", torch.float32): Tolerance(
+        1e-5, 1e-6, "a quotient of two sums, each off as a loss is; atol as for the loss"
+    ),
+    ("loss.gradient", torch.float64): Tolerance(
+        1e-12, 1e-14, "the float32 line scaled by the ratio of unit roundoffs, with a margin of 50"
+    ),
 }
 
 

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 
 __all__ = ["MODULES", "Build"]
 
-MODULES = ("lambda_return", "row_program")
+MODULES = (
+    "balanced_kl",
+    "gae",
+    "gaussian_nll",
+    "lambda_return",
+    "row_program",
+    "sub_losses",
+    "two_hot_cross_entropy",
+)
 
 
 class Build(NamedTuple):

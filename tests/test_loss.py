@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +24,8 @@ from torchrl.objectives.world_model_loss import WorldModelLoss as TorchRLLoss
 
 from fastwm.backends import backend
 from fastwm.loss import WorldModelLoss
+from fastwm.ops import CpuLibrary, cpu_library
+from fastwm.tolerances import tolerance
 from fastwm.world_model import WorldModel
 
 OBS, LATENT, ACTION = 6, 4, 2
@@ -213,15 +217,19 @@ def build(cls: type, model: nn.Module, kwargs: dict[str, Any]) -> Any:
     return loss
 
 
+@pytest.mark.parametrize("engine", ["eager", "fused"])
 @pytest.mark.parametrize("distance", ["l1", "l2", "smooth_l1"])
 @pytest.mark.parametrize("case", CASES)
-def test_same_values_and_gradients_as_torchrl(case: str, distance: str) -> None:
+def test_same_values_and_gradients_as_torchrl(case: str, distance: str, engine: str) -> None:
+    if engine == "fused" and not cpu_library().loaded:
+        pytest.skip(cpu_library().reason)
     model, batch, kwargs = CASES[case]()
     kwargs.update({f"{name}_loss": distance for name in ALL})
     results = []
     for cls in (TorchRLLoss, WorldModelLoss):
         model.zero_grad()
-        out = build(cls, model, kwargs)(batch)
+        with backend(engine):
+            out = build(cls, model, kwargs)(batch)
         total = sum(out.values(True, True))
         if isinstance(total, Tensor) and total.requires_grad:
             total.backward()
@@ -230,9 +238,15 @@ def test_same_values_and_gradients_as_torchrl(case: str, distance: str) -> None:
     (expected, expected_grads), (got, got_grads) = results
     assert list(got.keys(True, True)) == list(expected.keys(True, True))
     assert got.batch_size == expected.batch_size == torch.Size([])
-    # The same ops in the same order: not close, equal.
-    torch.testing.assert_close(got.to_dict(), expected.to_dict(), rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(got_grads, expected_grads, rtol=0, atol=0, equal_nan=True)
+    dtype = torch.float64 if case == "float64" else torch.float32
+    for what, a, b in (
+        ("loss", got.to_dict(), expected.to_dict()),
+        ("loss.gradient", got_grads, expected_grads),
+    ):
+        # Eager runs the same ops in the same order: not close, equal. (The done loss is float32.)
+        bound = tolerance(what, torch.float32 if what == "loss" else dtype).kwargs()
+        exact = {"rtol": 0.0, "atol": 0.0}
+        torch.testing.assert_close(a, b, equal_nan=True, **(exact if engine == "eager" else bound))
     if case not in ("no_losses", "bool_head"):
         assert any(g is not None for g in got_grads.values())
 
@@ -351,7 +365,9 @@ def test_padding_of_a_slice_sampler_does_not_count() -> None:
     torch.testing.assert_close(masked, loss(sample[mask])["loss_reward"])
     loss.loss_mask_key = None
     everything = loss(sample)["loss_reward"]
-    assert everything == TorchRLLoss(loss.world_model)(sample)["loss_reward"] != masked
+    theirs = TorchRLLoss(loss.world_model)(sample)["loss_reward"]
+    torch.testing.assert_close(everything, theirs, **tolerance("loss", torch.float32).kwargs())
+    assert (everything - masked).abs() > 1e-3
 
 
 def test_reduction_none_is_zero_where_masked() -> None:
@@ -736,7 +752,8 @@ def test_model_that_returns_only_its_predictions(cls: type) -> None:
     losses = ["reward", "done", "reconstruction"]
     loss, batch = cls(Fresh(), losses=losses), make_batch()
     expected = TorchRLLoss(loss.world_model.model, losses=losses)(batch)
-    torch.testing.assert_close(loss(batch).to_dict(), expected.to_dict(), rtol=0, atol=0)
+    with backend("eager"):
+        torch.testing.assert_close(loss(batch).to_dict(), expected.to_dict(), rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------- errors
@@ -872,23 +889,177 @@ def test_unknown_loss() -> None:
 # ---------------------------------------------------------------- backend
 
 
-def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fused() -> None:
+    if not cpu_library().loaded:
+        pytest.skip(cpu_library().reason)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The engine of each call of the loss from here on."""
+    seen: list[str] = []
+    for name, method in (("fused", "_fused_values"), ("eager", "_eager_value")):
+
+        def spy(self: Any, *args: Any, name: str = name, was: Any = None) -> Any:
+            if name == "fused" or seen[-1:] != ["eager"]:
+                seen.append(name)
+            return was(self, *args)
+
+        was = getattr(WorldModelLoss, method)
+        monkeypatch.setattr(WorldModelLoss, method, functools.partialmethod(spy, was=was))
+    return seen
+
+
+def test_backends(monkeypatch: pytest.MonkeyPatch, fused: None, runs: list[str]) -> None:
     batch = make_batch()
-    expected = WorldModelLoss(make_model())(batch)["loss_reward"]
-    for name in ("auto", "eager"):
-        assert WorldModelLoss(make_model(), backend=name)(batch)["loss_reward"] == expected
-    for name in ("captured", "fused"):
-        with pytest.raises(RuntimeError, match=f"no {name} engine takes a WorldModelLoss"):
-            WorldModelLoss(make_model(), backend=name)(batch)
-        with backend(name), pytest.raises(RuntimeError, match=f"'{name}' was asked for"):
-            WorldModelLoss(make_model())(batch)
-        with backend("eager"):
-            assert WorldModelLoss(make_model(), backend=name)(batch)["loss_reward"] == expected
-    monkeypatch.setenv("FASTWM_BACKEND", "fused")
+    for name, engine in {"auto": "fused", "fused": "fused", "eager": "eager"}.items():
+        WorldModelLoss(make_model(), backend=name)(batch)
+        with backend(name):
+            WorldModelLoss(make_model(), backend="captured")(batch)
+        assert runs == ([engine] if engine == "eager" else [engine] * 2), name
+        runs.clear()
+    with pytest.raises(RuntimeError, match="no captured engine takes a WorldModelLoss"):
+        WorldModelLoss(make_model(), backend="captured")(batch)
+    with backend("captured"), pytest.raises(RuntimeError, match="'captured' was asked for"):
+        WorldModelLoss(make_model())(batch)
+    monkeypatch.setenv("FASTWM_BACKEND", "captured")
     with pytest.raises(RuntimeError, match="FASTWM_BACKEND"):
         WorldModelLoss(make_model())(batch)
     with pytest.raises(ValueError, match="Unknown backend 'fastest'"):
         WorldModelLoss(make_model(), backend="fastest")
+
+
+class OwnReduction(WorldModelLoss):
+    def _reduce_loss(self, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return loss.max()
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: WorldModelLoss(make_model(), reduction="none"), "reduction='none'"),
+        (lambda: OwnReduction(make_model()), "reduces in its own way"),
+        (lambda: WorldModelLoss(make_model().bfloat16()), "a prediction of torch.bfloat16"),
+        (lambda: WorldModelLoss(make_model().double()), "a target of torch.float32"),
+        (
+            lambda: WorldModelLoss(make_model(), reward_weight=torch.tensor(2.0)),
+            "a weight is no number",
+        ),
+    ],
+    ids=["none", "own reduction", "bfloat16", "mixed", "tensor weight"],
+)
+def test_what_the_fused_engine_does_not_take(
+    make: Callable[[], WorldModelLoss], why: str, fused: None, runs: list[str]
+) -> None:
+    """Asked for it raises and says why; otherwise eager runs."""
+    loss, batch = make(), make_batch()
+    dtype = next(loss.world_model.parameters()).dtype
+    for key in ("observation", "action"):
+        batch[key] = batch[key].to(dtype)
+    if dtype == torch.bfloat16:
+        batch[NEXT_REWARD] = batch[NEXT_REWARD].to(dtype)
+    loss(batch)
+    assert runs == ["eager"]
+    with backend("fused"), pytest.raises(RuntimeError, match=f"'fused' was asked for.*{why}"):
+        loss(batch)
+
+
+def test_without_the_library_eager_runs(monkeypatch: pytest.MonkeyPatch, runs: list[str]) -> None:
+    library = CpuLibrary(None, False, "fastwm was installed without its C++ library")
+    module = importlib.import_module("fastwm.ops.sub_losses")
+    monkeypatch.setattr(module, "cpu_library", lambda: library)
+    WorldModelLoss(make_model())(make_batch())
+    assert runs == ["eager"]
+    with backend("fused"), pytest.raises(RuntimeError, match="without its C\\+\\+ library"):
+        WorldModelLoss(make_model())(make_batch())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("mask", ["none", "steps", "column", "elements", "two", "nothing counts"])
+@pytest.mark.parametrize(
+    "distance", ["l1", "binary_cross_entropy", "binary_cross_entropy_with_logits"]
+)
+def test_fused_equals_eager(
+    distance: str, mask: str, reduction: str, fused: None, nan_filled: None
+) -> None:
+    """Values and gradients, with every kind of mask."""
+    logits = distance.endswith("logits")
+    model = make_model("done", decoder=RECON, flag=(lambda x: x) if logits else torch.sigmoid)
+    loss = WorldModelLoss(
+        model, losses=ALL[:3], done_loss=distance, done_weight=3.0, reduction=reduction
+    )
+    batch = make_batch(3, 4)
+    steps = torch.rand(3, 4) < 0.5
+    if mask != "none":
+        counts = torch.zeros(3, 4) > 0 if mask == "nothing counts" else steps
+        batch["next", "reward"][~counts] = 1e6
+        batch["mask"] = {
+            "column": counts[..., None],
+            "elements": counts[..., None, None],
+        }.get(mask, counts)
+        loss.loss_mask_key = "mask"
+        if mask == "two":
+            batch["other"] = counts | (torch.rand(3, 4) < 0.5)
+            loss._loss_mask_keys = lambda: ("mask", "other")
+    results = []
+    for name in ("fused", "eager"):
+        model.zero_grad()
+        with backend(name):
+            out = loss(batch)
+        sum(out.values()).backward()
+        results.append((out.to_dict(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+    (got, got_grads), (want, want_grads) = results
+    assert all(x.isfinite() for x in want.values())
+    torch.testing.assert_close(got, want, **tolerance("loss", torch.float32).kwargs())
+    bound = tolerance("loss.gradient", torch.float32).kwargs()
+    torch.testing.assert_close(got_grads, want_grads, **bound)
+
+
+def test_fused_gradients_are_finite_where_what_does_not_count_is_not(fused: None) -> None:
+    """Eager's are NaN: its mask comes after the square, whose derivative is 0 * NaN."""
+    batch = make_batch(3, 4)
+    batch["collector", "mask"] = torch.ones(3, 4, 1, dtype=torch.bool)
+    batch["collector", "mask"][1, 2] = False
+    batch[NEXT_REWARD][1, 2] = torch.nan
+    model = make_model()
+    with backend("fused"):
+        WorldModelLoss(model)(batch)["loss_reward"].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_each_fused_loss_trains_what_eagers_does(fused: None) -> None:
+    """No gradient, and not one of zeros, for the heads of the others; a head of flags trains
+    nothing."""
+    batch, losses = make_batch(), ["reward", "done", "reconstruction"]
+    for flag in (torch.sigmoid, lambda x: x > 0):
+        model = make_model("done", decoder=RECON, flag=flag)
+        trained = []
+        for name in ("fused", "eager"):
+            model.zero_grad()
+            with backend(name):
+                out = WorldModelLoss(model, losses=losses)(batch)
+            out["loss_reward"].backward()
+            trained.append((
+                {n for n, p in model.named_parameters() if p.grad is not None},
+                [x.requires_grad for x in out.values()],
+            ))  # fmt: skip
+        assert trained[0] == trained[1]
+        assert not any(n.startswith(("done_head", "decoder")) for n in trained[0][0])
+
+
+def test_fused_losses_can_be_differentiated_twice(fused: None) -> None:
+    model, batch = make_model().double(), make_batch()
+    batch = batch.apply(lambda x: x.double() if x.is_floating_point() else x)
+    parameters = [*model.reward_head.parameters()]
+    results = []
+    for name in ("fused", "eager"):
+        with backend(name):
+            out = WorldModelLoss(model)(batch)["loss_reward"]
+        first = torch.autograd.grad(out, parameters, create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), parameters)
+        results.append([*first, *second])
+    torch.testing.assert_close(*results)
 
 
 # ---------------------------------------------------------------- as a module

@@ -17,6 +17,7 @@ import torchrl.envs
 import torchrl.modules
 import torchrl.objectives
 
+from fastwm.backends import backend
 from fastwm.env import WorldModelEnv
 from fastwm.loss import WorldModelLoss
 from fastwm.patching import TORCHRL_CLASSES, patch, unpatch
@@ -263,7 +264,8 @@ def test_pickle_of_torchrls_loss_opens_as_ours() -> None:
         ours = pickle.loads(data)
     assert type(ours) is WorldModelLoss
     batch = make_batch()
-    assert ours(batch)["loss_reward"] == theirs(batch)["loss_reward"]
+    with backend("eager"):  # whose values are torchrl's to the last bit
+        assert ours(batch)["loss_reward"] == theirs(batch)["loss_reward"]
     assert ours.reduction == "mean"
     assert ours.in_keys == ["observation", "action", ("next", "reward")]
 

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastwm.ops.library import LIBRARY, cpu_library
+from fastwm.ops import trajectory
+from fastwm.ops.library import LIBRARY, cpu_library, in_kernel
 
 __all__ = ["lambda_return", "lambda_return_reference"]
-
-_KERNEL_DTYPES = (torch.float32, torch.float64)
 
 
 def lambda_return(
@@ -76,12 +75,12 @@ def lambda_return(
         [1.75, 1.5, 1.0]
     """
     terminated = done if terminated is None else terminated
-    _check(next_state_value, reward, done, terminated)
+    trajectory.check(next_state_value, done, terminated, reward=reward)
     shape = next_state_value.shape
     if time_dim != -2 or len(shape) < 2:
-        time_dim = _time_from_end(shape, time_dim)
+        time_dim = trajectory.time_from_end(shape, time_dim)
         gamma, lmbda, next_state_value, reward, done, terminated = (
-            _time_to_second_last(x, time_dim)
+            trajectory.time_to_second_last(x, time_dim)
             for x in (gamma, lmbda, next_state_value, reward, done, terminated)
         )
     if not next_state_value.shape[-2]:
@@ -97,15 +96,10 @@ def lambda_return(
             )
         out = _non_rolling(gamma, lmbda, next_state_value, reward, done, terminated)
     else:
-        gamma_, gamma_scalar = _coefficient(gamma, next_state_value)
-        lmbda_, lmbda_scalar = _coefficient(lmbda, next_state_value)
-        dtype = next_state_value.dtype
-        in_kernel = (
-            dtype in _KERNEL_DTYPES
-            and all(x is None or x.dtype == dtype for x in (reward, gamma_, lmbda_))
-            and not torch._C._are_functorch_transforms_active()
-        )
-        function = torch.ops.fastwm.lambda_return.default if in_kernel else _rolling
+        gamma_, gamma_scalar = trajectory.coefficient(gamma, next_state_value)
+        lmbda_, lmbda_scalar = trajectory.coefficient(lmbda, next_state_value)
+        kernel = in_kernel(next_state_value, reward, gamma_, lmbda_)
+        function = torch.ops.fastwm.lambda_return.default if kernel else _rolling
         out = function(
             next_state_value, reward, done, terminated, gamma_, lmbda_, gamma_scalar, lmbda_scalar
         )
@@ -137,59 +131,11 @@ def lambda_return_reference(
         True
     """
     terminated = done if terminated is None else terminated
-    gamma_, gamma_scalar = _coefficient(gamma, next_state_value)
-    lmbda_, lmbda_scalar = _coefficient(lmbda, next_state_value)
+    gamma_, gamma_scalar = trajectory.coefficient(gamma, next_state_value)
+    lmbda_, lmbda_scalar = trajectory.coefficient(lmbda, next_state_value)
     return _rolling(
         next_state_value, reward, done, terminated, gamma_, lmbda_, gamma_scalar, lmbda_scalar
     )
-
-
-# --- input ----------------------------------------------------------------------------------------
-
-
-def _check(value: Tensor, reward: Tensor, done: Tensor, terminated: Tensor) -> None:
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"next_state_value must be floating point: got {value.dtype}.")
-    for name, x in (("reward", reward), ("done", done), ("terminated", terminated)):
-        if x.shape != value.shape:
-            raise RuntimeError(
-                "All input tensors (value, reward and done states) must share a unique shape: "
-                f"{name} is {list(x.shape)}, next_state_value is {list(value.shape)}."
-            )
-        if x.device != value.device:
-            raise RuntimeError(
-                f"All input tensors must be on one device: {name} is on {x.device}, "
-                f"next_state_value on {value.device}."
-            )
-        # `~` of an integer flag is not "not": 1 would become -2.
-        if name != "reward" and x.dtype != torch.bool:
-            raise TypeError(f"{name} must be a bool tensor: got {x.dtype}.")
-
-
-def _time_from_end(shape: torch.Size, time_dim: int) -> int:
-    from_end = time_dim - len(shape) if time_dim >= 0 else time_dim
-    if not -len(shape) <= from_end < 0 or (len(shape) == 1 and from_end != -1):
-        raise RuntimeError(
-            "The tensor shape and the time dimension are not compatible: "
-            f"got {shape} and time_dim={time_dim}."
-        )
-    return from_end
-
-
-def _time_to_second_last(x: Any, from_end: int) -> Any:
-    if not isinstance(x, Tensor) or x.ndim == 0:
-        return x
-    return x.unsqueeze(-1) if x.ndim == 1 else x.transpose(from_end, -2)
-
-
-def _coefficient(x: float | Tensor, like: Tensor) -> tuple[Tensor | None, float]:
-    """A coefficient as the ops take it: one tensor of the full shape, or None and a float."""
-    if not isinstance(x, Tensor):
-        return None, float(x)
-    if x.shape != like.shape:
-        # A view: the kernels read an expanded dimension through its stride of 0.
-        x = x.to(like.device).expand(like.shape)
-    return x, 0.0
 
 
 # --- reference ------------------------------------------------------------------------------------
@@ -233,8 +179,8 @@ def _non_rolling(
 ) -> Tensor:
     """Each step's return under that step's own gamma and lambda throughout: quadratic in time, no
     kernel."""
-    gamma_, gamma_scalar = _coefficient(gamma, next_value)
-    lmbda_, lmbda_scalar = _coefficient(lmbda, next_value)
+    gamma_, gamma_scalar = trajectory.coefficient(gamma, next_value)
+    lmbda_, lmbda_scalar = trajectory.coefficient(lmbda, next_value)
     steps = []
     for t in range(next_value.shape[-2]):
         value, *rest = (x[..., t:, :] for x in (next_value, reward, done, terminated))
@@ -283,18 +229,13 @@ LIBRARY.define(
 )
 
 
-def _like(out: Tensor, like: Tensor) -> Tensor:
-    """``out`` in the layout that the kernels and the fakes promise."""
-    return torch.empty_like(like).copy_(out)
-
-
 def _forward_anywhere(next_value: Tensor, *args: Any) -> Tensor:
-    return _like(_rolling(next_value, *args), next_value)
+    return trajectory.like(_rolling(next_value, *args), next_value)
 
 
 def _backward_anywhere(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     to_value, to_reward = _rolling_backward(grad, *args)
-    return _like(to_value, grad), _like(to_reward, grad)
+    return trajectory.like(to_value, grad), trajectory.like(to_reward, grad)
 
 
 def _forward_cuda(*args: Any) -> Tensor:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-__all__ = ["LIBRARY", "CpuLibrary", "cpu_isa", "cpu_library"]
+__all__ = ["LIBRARY", "CpuLibrary", "cpu_isa", "cpu_library", "in_kernel"]
 
 # Library.define/impl, not torch.library.custom_op: 5 to 8 us a call against 11 to 26.
 LIBRARY = torch.library.Library("fastwm", "FRAGMENT")
+
+KERNEL_DTYPES = (torch.float32, torch.float64)
 
 _NAMES = ("libfastwm_cpu.so", "libfastwm_cpu.dylib", "fastwm_cpu.dll")
 _ISA = ("portable", "avx2", "avx512")
@@ -63,3 +66,13 @@ def cpu_isa() -> str | None:
         True
     """
     return _ISA[torch.ops.fastwm.cpu_isa()] if cpu_library().loaded else None
+
+
+def in_kernel(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels of functions take these tensors: one dtype that they have, and no
+    ``torch.func`` transform, which wants torch's own operations."""
+    return (
+        first.dtype in KERNEL_DTYPES
+        and all(x is None or x.dtype == first.dtype for x in others)
+        and not torch._C._are_functorch_transforms_active()
+    )

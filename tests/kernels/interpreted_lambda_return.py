@@ -71,7 +71,9 @@ def test_strided(kernels: Any, dims: tuple[int, ...], nan_filled: None) -> None:
 
 
 def test_more_rows_than_a_block(kernels: Any, nan_filled: None) -> None:
-    assert_equal_the_reference(kernels, trajectory((2 * kernels.BLOCK + 1, 2, 1), torch.float32))
+    from fastwm.kernels.trajectory import BLOCK
+
+    assert_equal_the_reference(kernels, trajectory((2 * BLOCK + 1, 2, 1), torch.float32))
 
 
 def test_empty_batch(kernels: Any) -> None:
