@@ -62,6 +62,8 @@ def explain(env: WorldModelEnv, request: Request) -> Explanation:
             td = start_of(env, request)
             feed = request.feed(env, td.batch_size)
             plan, _ = plan_for(env, request, td, feed, patient=asked != "auto")
+            if asked == "fused":
+                plan.fuse_now()
         restarts = not request.stops and env.initial_state is not None
         if restarts and plan.flags_vary():
             raise NotCapturable("finished rows restart from initial_state")

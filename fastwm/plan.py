@@ -120,6 +120,13 @@ class Plan:
             return False, "a parameter or buffer changed its dtype, shape, device or gradient flag"
         return True, None
 
+    def fuse_now(self) -> None:
+        """Make the row program, if that was put off."""
+        fuse, self.fuse = self.fuse, None
+        if fuse is not None:
+            self.unfused = ""
+            fuse()
+
     def prefers_fused(self) -> bool:
         """Whether ``"auto"`` takes the fused engine."""
         return self.fused is not None and not self.fused.slower
@@ -418,9 +425,9 @@ def _make(
             _verify(env, plan, td, feed, results, stop)
         plan.graphed = graphed_loop(plan.loop, next(iter(results[0].values())).device)
         fuse = partial(_fuse, env, plan, td, feed, results, wants)
-        if next(iter(results[0].values())).device.type == "cpu":
+        if _fuses_at_once(results):
             fuse()
-        else:  # its kernels take seconds to compile, and "auto" does not run them
+        else:
             plan.fuse, plan.unfused = fuse, UNMEASURED
         return plan
     except StateChanges as reason:
@@ -442,6 +449,11 @@ def _make(
         except Exception:  # too large to watch, or not to be looked at
             cache.last_change = str(reason)
             raise reason from None
+
+
+def _fuses_at_once(results: list[Results]) -> bool:
+    """On CUDA kernels take seconds to compile, and ``"auto"`` does not run them."""
+    return next(iter(results[0].values())).device.type == "cpu"
 
 
 def _fuse(

@@ -88,9 +88,8 @@ def fast_rollout(
                 remember(env, request, plan, start)
         if plan.uncompiled:
             _warn_once(env, plan.uncompiled, "traced loop, not compiled")
-        if engine == "fused" and plan.fuse is not None:
-            fuse, plan.fuse, plan.unfused = plan.fuse, None, ""
-            fuse()
+        if engine == "fused":
+            plan.fuse_now()
         if engine == "fused" and plan.fused is None:
             raise NotCapturable(plan.unfused)
         fused = (

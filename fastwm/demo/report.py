@@ -20,7 +20,9 @@ __all__ = ["Record", "draw", "speed_table"]
 
 # Okabe and Ito's colours: told apart by everyone.
 GREY, SKY, BLUE, ORANGE = "#999999", "#56b4e9", "#0072b2", "#d55e00"
-COLORS = {"torchrl": GREY, "fastwm eager": SKY, "fastwm captured": BLUE}
+COLORS = {
+    "torchrl": GREY, "fastwm eager": SKY, "fastwm captured": BLUE, "fastwm fused": ORANGE,
+}  # fmt: skip
 
 
 @dataclass
@@ -169,18 +171,17 @@ def _draw_returns(axes: Any, record: Record) -> None:
 
 
 def _draw_speed(axes: Any, record: Record) -> None:
-    width, labels = 0.27, []
+    width, labels = 0.21, []
     for x, row in enumerate(record.speed):
-        first = next(iter(row.speedup))
+        first, *_, last = row.speedup
         for i, (name, times) in enumerate(row.speedup.items()):
             place = x + (i - (len(row.speedup) - 1) / 2) * width
             axes.bar(place, times, width * 0.95, color=COLORS[name])
             axes.text(
                 place, times, f"{times:.1f}x" if name != first else "1", ha="center", va="bottom",
-                fontsize=11 if name == "fastwm captured" else 8,
-                fontweight="bold" if name == "fastwm captured" else "normal",
+                fontsize=11 if name == last else 8,
+                fontweight="bold" if name == last else "normal",
             )  # fmt: skip
-        last = list(row.milliseconds)[-1]
         work = row.work.replace(", ", "†\n" if row.absent else "\n")
         labels.append(
             f"{work}\n{row.milliseconds[first]:.3g} ms →\n{row.milliseconds[last]:.2g} ms"
@@ -197,6 +198,7 @@ def _draw_speed(axes: Any, record: Record) -> None:
     if any(row.absent for row in record.speed):
         note += "\n† torchrl's env cannot be planned over: relative to fastwm eager"
     axes.set_xlabel(note, fontsize=9)
-    handles = [axes.bar(0, 0, color=color, label=name) for name, color in COLORS.items()]
+    there = {name for row in record.speed for name in row.speedup}
+    handles = [axes.bar(0, 0, color=COLORS[n], label=n) for n in COLORS if n in there]
     axes.legend(handles=handles, frameon=False, fontsize=9.5)
     axes.set_ylim(0, 1.08 * max(max(row.speedup.values()) for row in record.speed))

@@ -396,7 +396,10 @@ class FusedLoop:
         return any(bool(values[path].select(self.dim, steps - 1).any()) for _, path in self.live)
 
     def __str__(self) -> str:
-        return str(self.program)
+        if self.device.type == "cpu":
+            return str(self.program)
+        executor: Any = self._plain or self.executor(self.program)
+        return f"{self.program}\n\n{executor.source(self.rows).text}"
 
 
 def _device_of(graph: StepGraph) -> torch.device:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastwm.row_program.executor import RowExecutor
+from fastwm.row_program.fresh import Fresh
 from fastwm.row_program.gradient import Gradient, differentiate
 from fastwm.row_program.kinds import dtype_of
 from fastwm.row_program.reference import interpret
@@ -65,6 +66,14 @@ class GradientMode:
         self.fixed_first = [i for i, n in enumerate(names) if n not in first]
         self.major = {i for i, n in enumerate(self.inputs) if n in loop.time_major}
         self.pool: list[Tape] | None = [] if pooled else None
+        dtypes = [dtype_of(type.kind, program.dtype) for type in self.tape]
+        self.fresh_tape = Fresh(
+            lambda steps: [
+                ((loop.rows, steps, *type.shape), dtype)
+                for type, dtype in zip(self.tape, dtypes, strict=True)
+            ],
+            loop.device,
+        )
 
     def run(self, tensors: Sequence[torch.Tensor], steps: int) -> tuple[list[torch.Tensor], int]:
         """The outputs, and as :meth:`Executor.run` when a check failed."""
@@ -80,7 +89,7 @@ class GradientMode:
         else:
             outputs = self.forward.empty(loop.rows, steps)[: self.count]
         if self.pool is None or any(type.kind != "float" for type in self.tape):
-            return outputs, self.forward.empty(loop.rows, steps)[self.count :], None
+            return outputs, self.fresh_tape(steps), None
         shapes = [type.shape for type in self.tape]
         lease = Lease(self.pool, loop.rows, steps, shapes, loop.program.dtype)
         return outputs, lease.tape.values, lease

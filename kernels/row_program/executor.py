@@ -98,6 +98,7 @@ class TritonExecutor:
         self.inputs += [n for n, i in items if i.role == "uniform"]
         self.results = [*program.outputs, *program.finals, *program.sums]
         self._made: dict[Any, tuple[Source, Any, torch.Tensor]] = {}
+        self._never = torch.zeros(1, dtype=torch.int32, device=self.device)  # written by no kernel
         self._processors = 1
         if self.device.type == "cuda":
             self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -174,7 +175,9 @@ class TritonExecutor:
         sums = dict(zip(program.sums, outputs[count + len(finals) :], strict=True))
         for total in sums.values():
             total.zero_()
-        failed = torch.full((1,), steps, dtype=torch.int32, device=self.device)
+        failed = self._never
+        if program.checks:
+            failed = torch.full((1,), steps, dtype=torch.int32, device=self.device)
         width = sum(program.types[v.index].width for v in kept.values())
         bytes_of = max(1, width * steps * program.dtype.itemsize)
         at_once = max(1, min(rows, _KEPT_BYTES // bytes_of)) if kept else max(1, rows)

@@ -303,6 +303,22 @@ def test_without_the_cpp_library_the_reason_is_its_absence(monkeypatch: Any) -> 
 # ---------------------------------------------------------------- indices
 
 
+def test_where_it_is_not_measured_it_is_made_when_asked_for_by_name(monkeypatch: Any) -> None:
+    """As on CUDA, where kernels take seconds to compile."""
+    monkeypatch.setattr("fastwm.plan._fuses_at_once", lambda results: False)
+    case = make_case("linear")
+    env, policy, start = case.env([3]), case.policy, case.start(3)
+    assert env.explain(3, policy, tensordict=start).engine == "captured"
+    run("auto", env, 3, policy, start)
+    ((plan,),) = cache_of(env).plans.values()
+    assert plan.fused is None
+    assert "not measured on a GPU" in why_not_fused(env, policy, start)
+    want, _ = run("eager", env, 3, policy, start)
+    got, _ = run("fused", env, 3, policy, start)
+    assert plan.fused is not None
+    assert_same(got, want)
+
+
 def looked_up(kind: str, table: nn.Embedding) -> Any:
     """Actions out of a table, by positions that are those of the latent, truncated."""
 
