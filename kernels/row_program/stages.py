@@ -281,12 +281,15 @@ class _Planner:
     def _ready(self, work: Work, stage: Stage) -> bool:
         """Whether every operand is in registers as it is wanted, or was in memory before the stage."""
         made = stage.made()
+        # Concatenations that it puts parts of: whole only once it is through.
+        joined = {self.parts[m][0] for m in made if m in self.parts}
+        joined |= {p.name for w in stage.work for p in w.to if p.space == "part"}
         gathers = work.instr is not None and work.instr.op in GATHERS
         values = [work.value] if work.instr is None else list(work.instr.values())
         for val in values:
             assert val is not None
             root, column = self.roots[val.index]
-            inside = root in made or any(self.parts.get(m, (None,))[0] == root for m in made)
+            inside = root in made or root in joined
             if not inside:
                 continue
             if (

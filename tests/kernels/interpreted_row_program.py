@@ -145,6 +145,31 @@ def test_random_programs_forward_and_back() -> None:
     print(f"{tried} random programs")
 
 
+@pytest.mark.parametrize("without", ["tl.debug_barrier()", ""])
+def test_a_missing_barrier_is_found(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastwm.kernels.row_program import executor
+
+    def thinned(*args: Any, **kwargs: Any) -> Any:
+        made = write(*args, **kwargs)
+        if not without:
+            return made
+        head, *rest = made.text.split(without)
+        return replace(made, text=head + without + "pass".join(rest))  # all but the first
+
+    write = executor.write
+    monkeypatch.setattr(executor, "write", thinned)
+    p = Program()
+    x, w = p.input("x", "carry", (5,)), p.input("w", "uniform", (5, 5))
+    hidden = p.emit("linear", x, w, None, layout="nk", act="tanh")
+    p.carries["x"] = p.outputs["y"] = p.emit("linear", hidden, w, None, layout="nk")
+    inputs = {"x": torch.randn(3, 5), "w": torch.randn(5, 5)}
+    if not without:
+        execute(p, inputs, 3, 3)
+    else:
+        with pytest.raises(AssertionError, match="read after write"):
+            execute(p, inputs, 3, 3)
+
+
 def test_the_same_bits_at_every_run() -> None:
     made = random_program(5, depth=8, max_width=20)
     gradient = differentiate(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +43,10 @@ def execute(
     tile: Tile | None = SMALL,
     device: str = "cpu",
 ) -> Ran:
-    """Run a program, its results into buffers full of NaN; they come back to the CPU."""
+    """Run a program, its results into buffers full of NaN; they come back to the CPU.
+
+    In the interpreter it is also watched for accesses that no barrier parts.
+    """
     executor = TritonExecutor(program, device, time_major=time_major, kinds=kinds, tile=tile)
     given = {n: t.to(device) for n, t in given_as(program, inputs).items()}
     for name in time_major:
@@ -50,9 +54,11 @@ def execute(
     outputs = executor.empty(rows, steps)
     for t in outputs:
         t.fill_(torch.nan if t.is_floating_point() else True if t.dtype is torch.bool else -77)
-    outputs, failed = executor.run(
-        [given[n] for n in executor.inputs], rows, steps, reverse=reverse, outputs=outputs
-    )
+    with races_found() if device == "cpu" else nullcontext([]) as races:
+        outputs, failed = executor.run(
+            [given[n] for n in executor.inputs], rows, steps, reverse=reverse, outputs=outputs
+        )
+    assert not races, f"{races[:5]}\n{executor.source(rows, reverse=reverse).text}"
     found = iter([t.cpu() for t in outputs])
     return Ran(
         {n: next(found) for n in program.outputs},
@@ -153,3 +159,57 @@ def environment_of(world_model: fastwm.WorldModel, rows: int, device: str) -> fa
 
     base = _Specs(rows, {"latent": 6}, 2, device)
     return fastwm.WorldModelEnv(world_model, base, observation_spec=base.observation_spec.clone())
+
+
+@contextmanager
+def races_found() -> Iterator[list[str]]:
+    """In the interpreter, which runs a program's accesses one after the other: those that no barrier parts.
+
+    Threads of a program do not wait for one another but at barriers. So between two of them nothing may be
+    read that was written, nor written what was read or written.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    found: list[str] = []
+    read: set[int] = set()
+    written: set[int] = set()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    barrier = InterpreterBuilder.create_barrier
+
+    def addresses(pointers: Any, mask: Any) -> set[int]:
+        return set(pointers.data[mask.data].ravel().tolist())
+
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        these = addresses(ptrs, mask)
+        if these & written:
+            found.append("read after write")
+        read.update(these)
+        return load(self, ptrs, mask, *rest)
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        these = addresses(ptrs, mask)
+        if these & read:
+            found.append("write after read")
+        if these & written:
+            found.append("write after write")
+        written.update(these)
+        return store(self, ptrs, value, mask, *rest)
+
+    def create_barrier(self: Any) -> Any:
+        read.clear()
+        written.clear()
+        return barrier(self)
+
+    changed = {
+        "create_masked_load": create_masked_load,
+        "create_masked_store": create_masked_store,
+        "create_barrier": create_barrier,
+    }
+    before = {name: getattr(InterpreterBuilder, name) for name in changed}
+    for name, function in changed.items():
+        setattr(InterpreterBuilder, name, function)
+    try:
+        yield found
+    finally:
+        for name, function in before.items():
+            setattr(InterpreterBuilder, name, function)
