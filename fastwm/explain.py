@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastwm.backends import requested
-from fastwm.plan import plan_for
+from fastwm.plan import fuse_now, plan_for
 from fastwm.request import NotCapturable, Request
 from fastwm.rollout import start_of
 from fastwm.tracing import preserved_random_state
@@ -61,9 +61,9 @@ def explain(env: WorldModelEnv, request: Request) -> Explanation:
         with preserved_random_state(env.device):
             td = start_of(env, request)
             feed = request.feed(env, td.batch_size)
-            plan, _ = plan_for(env, request, td, feed, patient=asked != "auto")
+            plan, start = plan_for(env, request, td, feed, patient=asked != "auto")
             if asked == "fused":
-                plan.fuse_now()
+                fuse_now(env, plan, start, feed)
         restarts = not request.stops and env.initial_state is not None
         if restarts and plan.flags_vary():
             raise NotCapturable("finished rows restart from initial_state")

@@ -14,7 +14,7 @@ from fastwm.engines.captured import ChecksFailed
 from fastwm.engines.cuda_graph import CaptureFailed, graphs_apply
 from fastwm.engines.fused import FusedLoop
 from fastwm.nvtx import annotate
-from fastwm.plan import Plan, cache_of, plan_for, recall, remember, zero_done
+from fastwm.plan import Plan, cache_of, fuse_now, plan_for, recall, remember, zero_done
 from fastwm.request import Feed, NotCapturable, Request
 from fastwm.tracing import cuda_device
 
@@ -89,7 +89,7 @@ def fast_rollout(
         if plan.uncompiled:
             _warn_once(env, plan.uncompiled, "traced loop, not compiled")
         if engine == "fused":
-            plan.fuse_now()
+            fuse_now(env, plan, start, feed)
         if engine == "fused" and plan.fused is None:
             raise NotCapturable(plan.unfused)
         fused = (

@@ -422,6 +422,8 @@ def _refuse_device(device: torch.device, bf16: bool) -> None:
             raise NotFusible(library.reason)
     elif device.type != "cuda":
         raise NotFusible(f"tensors on {device.type}")
+    elif torch.version.hip is not None:
+        raise NotFusible("the kernels for CUDA are written for NVIDIA's chips")
     elif importlib.util.find_spec("triton") is None:
         raise NotFusible("triton is not installed, which the kernels for CUDA need")
     elif bf16:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["LIBRARY", "CpuLibrary", "cpu_isa", "cpu_library", "in_kernel"]
+__all__ = ["LIBRARY", "CpuLibrary", "cpu_isa", "cpu_library", "in_kernel", "why_no_kernel"]
 
 # Library.define/impl, not torch.library.custom_op: 5 to 8 us a call against 11 to 26.
 LIBRARY = torch.library.Library("fastwm", "FRAGMENT")
@@ -69,10 +71,32 @@ def cpu_isa() -> str | None:
 
 
 def in_kernel(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels of functions take these tensors: one dtype that they have, and no
-    ``torch.func`` transform, which wants torch's own operations."""
+    """Whether the kernels of functions take these tensors: one dtype that they have, and nothing of
+    what :func:`why_no_kernel` names."""
     return (
         first.dtype in KERNEL_DTYPES
         and all(x is None or x.dtype == first.dtype for x in others)
-        and not torch._C._are_functorch_transforms_active()
+        and not why_no_kernel(first, *others)
     )
+
+
+def why_no_kernel(*tensors: Tensor | None) -> str:
+    """What wants torch's own operations, or lacks a kernel, whatever the function; "" where nothing
+    does."""
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode AD is on"
+    for x in tensors:
+        if x is None:
+            continue
+        if is_traceable_wrapper_subclass(x):
+            return f"a {type(x).__name__}, which has operations of its own"
+        if x.device.type == "cuda" and not _triton():
+            return "triton is not installed, which the kernels for CUDA need"
+    return ""
+
+
+@functools.cache
+def _triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

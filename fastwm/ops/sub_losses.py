@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastwm.ops.library import KERNEL_DTYPES, LIBRARY, cpu_library
+from fastwm.ops.library import KERNEL_DTYPES, LIBRARY, cpu_library, why_no_kernel
 
 __all__ = ["DISTANCES", "elementwise", "sub_losses", "sub_losses_reference", "why_not_in_kernel"]
 
@@ -134,9 +134,7 @@ def why_not_in_kernel(
         return f"tensors on {', '.join(sorted(map(str, devices)))}"
     if devices and next(iter(devices)).type == "cpu" and not cpu_library().loaded:
         return cpu_library().reason
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active"
-    return ""
+    return why_no_kernel(*predictions, *targets)
 
 
 # --- input ----------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["KINDS", "dtype_name", "dtype_of", "kind_of"]
+__all__ = ["KINDS", "dtype_name", "dtype_of", "kind_of", "matmul_precision"]
 
 #: In the order of the enumeration in csrc/row_code.h.
 KINDS = ("float", "bool", "int")
@@ -25,3 +25,16 @@ def dtype_of(kind: str, floats: torch.dtype) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """``"float32"`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
+
+
+def matmul_precision() -> str:
+    """How torch multiplies float32 matrices on CUDA: ``"ieee"`` or ``"tf32"``.
+
+    Asked of torch's newer setting, which the older ones write to as well; asking an older one raises once
+    the newer was set.
+    """
+    matmul = torch.backends.cuda.matmul
+    setting = getattr(matmul, "fp32_precision", None)
+    if setting is None:  # torch before 2.9
+        return "tf32" if matmul.allow_tf32 else "ieee"
+    return "tf32" if setting == "tf32" else "ieee"

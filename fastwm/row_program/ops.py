@@ -505,7 +505,7 @@ def _index(x: Tensor, map: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
 
 def _index_add(g: Tensor, map: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
     out = g.new_zeros(len(g), math.prod(shape))
-    out = out.index_add(1, torch.tensor(map, dtype=torch.long), _flat(g))
+    out = out.index_add(1, torch.tensor(map, dtype=torch.long, device=g.device), _flat(g))
     return out.reshape(len(g), *shape)
 
 
@@ -516,7 +516,7 @@ def _cast(x: Tensor, kind: str) -> Tensor:
 
 
 def _one_hot(i: Tensor, n: int) -> Tensor:
-    return (i.unsqueeze(-1) == torch.arange(n)).to(i.dtype)
+    return (i.unsqueeze(-1) == torch.arange(n, device=i.device)).to(i.dtype)
 
 
 def _take(x: Tensor, i: Tensor) -> Tensor:

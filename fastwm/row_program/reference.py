@@ -52,6 +52,7 @@ def interpret(
         [2.0, 4.0, 8.0]
     """
     given = {name: inputs[name].to(program.dtype) for name in program.inputs}
+    device = next((t.device for t in given.values()), torch.device("cpu"))
     rows = [t.shape[0] for n, t in given.items() if program.inputs[n].role != "uniform"]
     carried = {n: given[n] for n, i in program.inputs.items() if i.role == "carry"}
     result = Result()
@@ -59,7 +60,7 @@ def interpret(
         v.index: [None] * steps for v in program.outputs.values()
     }
     for name, total in program.sums.items():
-        result.sums[name] = torch.zeros(total.shape, dtype=program.dtype)
+        result.sums[name] = torch.zeros(total.shape, dtype=program.dtype, device=device)
     for step in reversed(range(steps)) if reverse else range(steps):
         env: dict[int, torch.Tensor] = {}
         for name, item in program.inputs.items():
@@ -68,7 +69,7 @@ def interpret(
         for instr in program.instrs:
             out = REFERENCES[instr.op](*_operands(program, instr, env), **instr.attrs)
             if instr.op in ("fill", "row"):
-                out = out.to(program.dtype).expand(rows[0], *out.shape[1:])
+                out = out.to(device, program.dtype).expand(rows[0], *out.shape[1:])
             if instr.out is None:
                 total = program.sums[instr.attrs["target"]]
                 result.sums[total.name] = result.sums[total.name] + out.reshape(total.shape)
@@ -86,7 +87,8 @@ def interpret(
             result.outputs[name] = torch.stack(each[val.index], 1)  # type: ignore[arg-type]
         else:
             shape = program.type(val).shape
-            result.outputs[name] = torch.empty(rows[0], 0, *shape, dtype=program.dtype)
+            size = (rows[0], 0, *shape)
+            result.outputs[name] = torch.empty(size, dtype=program.dtype, device=device)
     result.finals = {name: carried[name] for name in program.finals}
     return result
 

@@ -14,7 +14,7 @@ from fastwm.kernels.row_program.source import Source, Tile, scratch_columns, wri
 from fastwm.kernels.row_program.stages import plan
 from fastwm.row_program.deferred_sums import defer_sums
 from fastwm.row_program.fresh import Fresh
-from fastwm.row_program.kinds import dtype_of
+from fastwm.row_program.kinds import dtype_of, matmul_precision
 from fastwm.row_program.program import Program
 
 __all__ = ["TritonExecutor", "kernel_of", "programs_for", "scratch_bytes", "tile_for"]
@@ -22,8 +22,6 @@ __all__ = ["TritonExecutor", "kernel_of", "programs_for", "scratch_bytes", "tile
 _TALL = 64  # rows of the tallest tile
 _SCRATCH_BYTES = 30 << 20  # of all tiles at a time
 _KEPT_BYTES = 256 << 20  # what is kept for sums at a time
-#: torch's name of a precision of float32 products -> Triton's.
-_PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
 
 
 def tile_for(rows: int, processors: int, columns: int, itemsize: int = 4) -> Tile:
@@ -126,13 +124,16 @@ class TritonExecutor:
             precision: of products, as Triton has it; default: what torch is set to.
         """
         if precision is None:
-            single = self.program.dtype is torch.float32
-            precision = _PRECISIONS[torch.get_float32_matmul_precision()] if single else "ieee"
+            precision = self._precision()
         tile = self._tile_of(rows)
         return write(
             self._plan, tile, reverse=reverse, time_major=self._time_major, kinds=self.kinds,
             precision=precision, order=self.inputs, local=self._deferred.kept,
         )  # fmt: skip
+
+    def _precision(self) -> str:
+        """Of products, as torch's own have it on CUDA; float64 has but one."""
+        return matmul_precision() if self.program.dtype is torch.float32 else "ieee"
 
     def _tile_of(self, rows: int) -> Tile:
         columns, item = scratch_columns(self._plan), self.program.dtype.itemsize
@@ -140,7 +141,7 @@ class TritonExecutor:
 
     def _kernel(self, rows: int, reverse: bool) -> tuple[Tile, Source, Any, torch.Tensor]:
         tile = self._tile_of(rows)
-        key = tile, reverse, torch.get_float32_matmul_precision()
+        key = tile, reverse, self._precision()
         if key not in self._made:
             source = self.source(rows, reverse=reverse)
             maps = torch.tensor(source.maps, dtype=torch.int32, device=self.device)
@@ -213,6 +214,11 @@ class TritonExecutor:
         failed: torch.Tensor, first: int, last: int, rows: int, steps: int, reverse: bool,
     ) -> None:  # fmt: skip
         tile, source, kernel, maps = self._kernel(rows, reverse)
+        widest = max(
+            (self.program.types[v.index].width for v in self.inner.outputs.values()), default=1
+        )
+        if tile.rows * steps * widest >= 1 << 31:
+            raise RuntimeError(f"{steps} steps of {widest} elements are too many for one launch")
         tiles = triton.cdiv(last - first, tile.rows)
         columns, item = source.columns, self.program.dtype.itemsize
         programs = programs_for(last - first, self._processors, tile, columns, item)

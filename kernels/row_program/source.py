@@ -64,7 +64,7 @@ _FIRST = "tl.zeros((1, 1), tl.int32)"
 #: Variables of a stage. Each stage has its own: one that was there before a loop and is set in it would be
 #: carried from turn to turn, and must keep its type.
 _OWN = re.compile(
-    r"(?<![.'\w])(o_zero|[om]_[ircngk]|o_from|i_[cngkmar]|m_r|acc|chosen|mine|total|[abvw])\b(?!=)"
+    r"(?<![.'\w])(o_zero|[om]_[ircngk]|o_from\d*|i_[cngkmar]|m_r|acc|chosen|mine|total|[abvw])\b(?!=)"
 )
 _HEAD = '''"""{title}"""
 
@@ -582,12 +582,11 @@ class _Writer:
     def _gathered(self, val: Val, block: _Block, columns: str, mask: str = "") -> str:
         return self._load_at(self.plan.place(val), block, columns, _both(block.mask, mask))
 
-    def _fresh(self, val: Val, block: _Block, columns: str, mask: str = "") -> str:
-        """As :meth:`_gathered`, by columns in a variable that is used again."""
-        before = dict(block.loaded)
-        name = self._gathered(val, block, columns, mask)
-        block.loaded.clear()
-        block.loaded.update(before)
+    def _from(self, columns: str, block: _Block, other: int) -> str:
+        """Columns to gather from, by a map; in a variable of their own, for shapes differ."""
+        name = f"o_from{self.loads}"
+        self.loads += 1
+        self.line(f"{name} = tl.load(p_maps + {columns}{_masked(block.mask, f'other={other}')})")
         return name
 
     def _map(self, indices: Iterable[int]) -> int:
@@ -600,10 +599,7 @@ class _Writer:
     def _index(self, instr: Instr, block: _Block) -> str:
         at = self._map(instr.attrs["map"])
         (x,) = instr.values()
-        self.line(
-            f"o_from = tl.load(p_maps + ({at} + {block.columns}){_masked(block.mask, 'other=0')})"
-        )
-        return self._fresh(x, block, "o_from")
+        return self._gathered(x, block, self._from(f"({at} + {block.columns})", block, 0))
 
     def _index_add(self, instr: Instr, block: _Block) -> str:
         """For each column those that are added up there, in order."""
@@ -618,9 +614,8 @@ class _Writer:
         if most:
             self.line(f"for i_a in range({most}):")
             self.depth += 1
-            columns = f"({at} + i_a * {width} + {block.columns})"
-            self.line(f"o_from = tl.load(p_maps + {columns}{_masked(block.mask, 'other=-1')})")
-            self.line(f"total += {self._fresh(g, block, 'o_from', '(o_from >= 0)')}")
+            name = self._from(f"({at} + i_a * {width} + {block.columns})", block, -1)
+            self.line(f"total += {self._gathered(g, block, name, f'({name} >= 0)')}")
             self.depth -= 1
         return "total"
 

@@ -313,10 +313,24 @@ def test_where_it_is_not_measured_it_is_made_when_asked_for_by_name(monkeypatch:
     ((plan,),) = cache_of(env).plans.values()
     assert plan.fused is None
     assert "not measured on a GPU" in why_not_fused(env, policy, start)
+    # It is held to the weights and the random numbers of now, not to those of when the plan was made.
+    with torch.no_grad():
+        next(iter(env.world_model.parameters())).add_(0.3)
+    start["latent"].mul_(2.0)
+    torch.manual_seed(7)
     want, _ = run("eager", env, 3, policy, start)
     got, _ = run("fused", env, 3, policy, start)
     assert plan.fused is not None
     assert_same(got, want)
+
+
+def test_a_sampled_policy_put_off(monkeypatch: Any) -> None:
+    monkeypatch.setattr("fastwm.plan._fuses_at_once", lambda results: False)
+    case = make_case("linear")
+    env, policy, start = case.env([3]), sampled_actor(), case.start(3)
+    run("auto", env, 3, policy, start)
+    torch.rand(5)
+    assert_parity(env, policy, start, T, engine="fused")
 
 
 def looked_up(kind: str, table: nn.Embedding) -> Any:

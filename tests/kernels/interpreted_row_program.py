@@ -111,6 +111,18 @@ def test_sums_in_slices_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     check(p, inputs, 30, 3)
 
 
+@pytest.mark.parametrize("width", [8, 160])
+def test_a_slice_of_a_concatenation_of_inputs(width: int) -> None:
+    """Whole only once all its parts are there; and wide enough to be put together in several blocks."""
+    p = Program()
+    a, b = p.input("a", "carry", (width,)), p.input("b", "step", (width,))
+    joined = p.emit("concat", a, b)
+    middle = tuple(range(width // 2, width // 2 + width))
+    p.outputs["y"] = p.emit("tanh", p.emit("index", joined, map=middle, shape=(width,)))
+    p.carries["a"] = p.emit("index", joined, map=tuple(range(0, 2 * width, 2)), shape=(width,))
+    check(p, {"a": torch.randn(5, width), "b": torch.randn(5, 3, width)}, 5, 3)
+
+
 def test_more_rows_than_all_programs_take_at_once() -> None:
     p = Program()
     x = p.input("x", "carry", (3,))
