@@ -29,14 +29,12 @@ class DeferredSums:
         kept: name of such an output -> the value.
         given: value -> name of the step or context input that it is.
         terms: what adds to sums.
-        shapes: of the sums, by name.
     """
 
     program: Program
     kept: dict[Any, Val]
     given: dict[int, Any]
     terms: list[Instr]
-    shapes: dict[Any, tuple[int, ...]]
 
     def operand(self, val: Val) -> tuple[str, Any]:
         """``("input", name)`` or ``("kept", name)``."""
@@ -91,8 +89,7 @@ def defer_sums(program: Program) -> DeferredSums:
         outputs={**program.outputs, **kept},
         sums={},
     )
-    shapes = {name: s.shape for name, s in program.sums.items()}
-    return DeferredSums(without, kept, given, terms, shapes)
+    return DeferredSums(without, kept, given, terms)
 
 
 def _rows(x: torch.Tensor, dims: int) -> torch.Tensor:

@@ -45,16 +45,12 @@ class Source:
     Attributes:
         text: of the module; the kernel is ``row_program_kernel``.
         arguments: of the kernel, in order: pointers, then numbers.
-        inputs, outputs, finals: names in the order of the pointers.
         maps: what ``p_maps`` holds.
         columns: of a row of scratch.
     """
 
     text: str
     arguments: list[str]
-    inputs: list[Any]
-    outputs: list[Any]
-    finals: list[Any]
     maps: list[int]
     columns: int
 
@@ -66,7 +62,7 @@ _FIRST = "tl.zeros((1, 1), tl.int32)"
 _OWN = re.compile(
     r"(?<![.'\w])(o_zero|[om]_[ircngk]|o_from\d*|i_[cngkmar]|m_r|acc|chosen|mine|total|[abvw])\b(?!=)"
 )
-_HEAD = '''"""{title}"""
+_HEAD = '''"""A row program."""
 
 import triton
 import triton.language as tl
@@ -99,7 +95,6 @@ _UNARY = {
 def write(
     program_plan: Plan, tile: Tile, *, reverse: bool, time_major: Collection[Any],
     kinds: Mapping[Any, str], precision: str, order: Sequence[Any], local: Collection[Any] = (),
-    title: str = "",
 ) -> Source:  # fmt: skip
     """The source for tiles of this size.
 
@@ -113,7 +108,7 @@ def write(
     writer = _Writer(program_plan, tile, reverse, set(time_major), dict(kinds), precision)
     writer.number = {name: i for i, name in enumerate(order)}
     writer.local = set(local)
-    return writer.run(title, list(order))
+    return writer.run()
 
 
 def scratch_columns(program_plan: Plan) -> int:
@@ -180,17 +175,16 @@ class _Writer:
         self.lines[start:] = [_OWN.sub(rf"\1_{suffix}", line) for line in self.lines[start:]]
         self.depth = depth
 
-    def run(self, title: str, inputs: list[Any]) -> Source:
+    def run(self) -> Source:
         program = self.program
-        outputs, finals = list(program.outputs), list(program.finals)
-        arguments = [f"p_in{i}" for i in range(len(inputs))]
-        arguments += [f"p_out{i}" for i in range(len(outputs))]
-        arguments += [f"p_final{i}" for i in range(len(finals))]
+        arguments = [f"p_in{i}" for i in range(len(self.number))]
+        arguments += [f"p_out{i}" for i in range(len(program.outputs))]
+        arguments += [f"p_final{i}" for i in range(len(program.finals))]
         arguments += ["p_failed", "p_maps", "p_scratch", "first", "last", "rows", "steps", "tiles"]
-        self._body(finals)
-        head = _HEAD.format(title=title or "A row program.", arguments=", ".join(arguments))
+        self._body(list(program.finals))
+        head = _HEAD.format(arguments=", ".join(arguments))
         text = head + "\n".join(self.lines) + "\n"
-        return Source(text, arguments, inputs, outputs, finals, self.maps or [0], self.columns)
+        return Source(text, arguments, self.maps or [0], self.columns)
 
     def _body(self, finals: list[Any]) -> None:
         BM = self.tile.rows
