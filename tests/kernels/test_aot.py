@@ -60,6 +60,13 @@ def test_every_kernel_compiles_within_the_limits_of_the_chips(tmp_path: Path) ->
     )
 
 
+def test_random_row_programs_have_types() -> None:
+    """The interpreter lets a loop change the shape of a variable; a compiler does not."""
+    run = compiler_process("-m", "tests.kernels.typed", "--seconds", "15")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "forward and back" in run.stdout
+
+
 def test_the_recorded_kernels_are_fit_for_every_chip() -> None:
     recorded = rows(RECORD)
     assert {row["arch"] for row in recorded} == {f"sm_{capability}" for capability in SHARED_LIMIT}
