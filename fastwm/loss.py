@@ -73,8 +73,8 @@ class WorldModelLoss(LossModule):
         backend: ``"fused"`` computes all sub-losses in one call of a C++ or Triton kernel, and
             their gradients in another: scalar reductions, predictions in float32 or float64 with
             targets of their dtype (or bool), all on one device. The values are those of eager
-            within ``fastwm/tolerances.py``. ``"auto"`` (default) takes it where it can and is
-            ``"eager"`` elsewhere. There is no ``"captured"`` for losses.
+            within ``fastwm/tolerances.py``. ``"auto"`` (default) takes it on the CPU where it can
+            and is ``"eager"`` elsewhere. There is no ``"captured"`` for losses.
 
     Attributes:
         in_keys: what the batch must hold: the ``in_keys`` of the world model, then the targets.

@@ -452,8 +452,10 @@ def fuse_now(
     env: WorldModelEnv, plan: Plan, start: dict[Any, torch.Tensor], feed: Feed | None
 ) -> None:
     """Give a plan its row program, if that was put off; held to what the captured loop makes of the start."""
+    if not plan.put_off:  # asked at each rollout
+        return
     with cache_of(env).lock, _own_saved_tensors():
-        if not plan.put_off:
+        if not plan.put_off:  # another thread made it
             return
         given = None if feed is None else lambda: feed.template
         inputs = {path: value.contiguous() for path, value in start.items()}

@@ -5,7 +5,6 @@ On the CPU that is a call of the C++ library, on CUDA the launch of a Triton ker
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from fastwm.engines.captured import ChecksFailed, FeedStep, Tensors
 from fastwm.engines.choice import prefers_captured
 from fastwm.engines.fused_gradient import GradientMode
 from fastwm.nvtx import annotate
-from fastwm.ops.library import cpu_library
+from fastwm.ops.library import cpu_library, has_triton
 from fastwm.row_program.executor import Executor, RowExecutor
 from fastwm.row_program.fresh import Fresh
 from fastwm.row_program.kinds import dtype_name, dtype_of, kind_of
@@ -424,7 +423,7 @@ def _refuse_device(device: torch.device, bf16: bool) -> None:
         raise NotFusible(f"tensors on {device.type}")
     elif torch.version.hip is not None:
         raise NotFusible("the kernels for CUDA are written for NVIDIA's chips")
-    elif importlib.util.find_spec("triton") is None:
+    elif not has_triton():
         raise NotFusible("triton is not installed, which the kernels for CUDA need")
     elif bf16:
         raise NotFusible("bfloat16 weights are rounded on the CPU alone")

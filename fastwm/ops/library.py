@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["LIBRARY", "CpuLibrary", "cpu_isa", "cpu_library", "in_kernel", "why_no_kernel"]
+__all__ = ["LIBRARY", "CpuLibrary", "cpu_isa", "cpu_library", "has_triton", "in_kernel",
+           "why_no_kernel"]  # fmt: skip
 
 # Library.define/impl, not torch.library.custom_op: 5 to 8 us a call against 11 to 26.
 LIBRARY = torch.library.Library("fastwm", "FRAGMENT")
@@ -92,11 +93,12 @@ def why_no_kernel(*tensors: Tensor | None) -> str:
             continue
         if is_traceable_wrapper_subclass(x):
             return f"a {type(x).__name__}, which has operations of its own"
-        if x.device.type == "cuda" and not _triton():
+        if x.device.type == "cuda" and not has_triton():
             return "triton is not installed, which the kernels for CUDA need"
     return ""
 
 
 @functools.cache
-def _triton() -> bool:
+def has_triton() -> bool:
+    """Whether kernels for CUDA can be compiled; the CPU builds of torch come without it."""
     return importlib.util.find_spec("triton") is not None

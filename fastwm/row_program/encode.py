@@ -17,6 +17,7 @@ import torch
 from fastwm.row_program.kinds import KINDS
 from fastwm.row_program.ops import BINARY, PRODUCTS, SUMS, UNARY, UNARY_GRAD
 from fastwm.row_program.program import Instr, Program, ProgramError, Val
+from fastwm.row_program.room import Room
 from fastwm.row_program.sections import one_section, sections
 
 __all__ = ["Encoded", "encode"]
@@ -120,38 +121,6 @@ def encode(
 
 def _padded(width: int) -> int:
     return -(-width // _PAD) * _PAD
-
-
-class _Room:
-    """Intervals of elements per row, given out and taken back."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self.free: list[tuple[int, int]] = []  # (offset, length), by offset
-
-    def take(self, length: int) -> int:
-        for position, (offset, room) in enumerate(self.free):
-            if room >= length:
-                self.free[position : position + 1] = (
-                    [(offset + length, room - length)] if room > length else []
-                )
-                return offset
-        if self.free and sum(self.free[-1]) == self.size:
-            offset, _ = self.free.pop()
-        else:
-            offset = self.size
-        self.size = offset + length
-        return offset
-
-    def give(self, offset: int, length: int) -> None:
-        self.free = sorted([*self.free, (offset, length)])
-        merged: list[tuple[int, int]] = []
-        for start, room in self.free:
-            if merged and sum(merged[-1]) == start:
-                merged[-1] = (merged[-1][0], merged[-1][1] + room)
-            else:
-                merged.append((start, room))
-        self.free = merged
 
 
 @dataclass
@@ -437,7 +406,7 @@ class _Encoder:
         inputs = list(program.inputs.values())
         rows_in = [i for i in inputs if i.role != "uniform"]
         carries = [i.val.index for i in inputs if i.role == "carry"]
-        chunk, persist = _Room(), _Room()
+        chunk, persist = Room(), Room()
         for given in rows_in:
             if given.role == "carry":
                 ld = _padded(self.width(given.val.index))
@@ -517,15 +486,15 @@ class _Encoder:
         if stores:
             raise ProgramError("an output that no instruction makes")
         loop = first + loop + last if (loop or first or last) else []
-        batch = _Room()
-        sizes = [self._allocate(ahead, "batch", batch), self._allocate(loop, "loop", _Room())]
+        batch = Room()
+        sizes = [self._allocate(ahead, "batch", batch), self._allocate(loop, "loop", Room())]
         for index in carries:
             if index in self.stacked:  # sections after the loop read what was stacked
                 self.places[index] = self.stacked[index]
         sizes.append(self._allocate(after, "batch", batch))
         return self._tables(rows_in, [ahead, loop, after], chunk.size, sizes, persist.size)
 
-    def _allocate(self, body: list[_Line], space: str, room: _Room) -> int:
+    def _allocate(self, body: list[_Line], space: str, room: Room) -> int:
         """Give every result its place and put places for values; returns the room needed."""
         final: dict[int, int] = {}
         for position, line in enumerate(body):

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastwm.row_program.ops import BINARY, PRODUCTS, REDUCE, UNARY, UNARY_GRAD
 from fastwm.row_program.program import Instr, Program, ProgramError, Val
+from fastwm.row_program.room import Room
 from fastwm.row_program.sections import one_section
 
 __all__ = ["GATHERS", "GROUPED", "Place", "Plan", "Stage", "Work", "plan"]
@@ -67,6 +68,13 @@ class Work:
     to: list[Place] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     check: bool = False
+
+    def values(self) -> Iterator[Val]:
+        """What it reads."""
+        if self.instr is not None:
+            yield from self.instr.values()
+        elif self.value is not None:
+            yield self.value
 
 
 @dataclass
@@ -140,7 +148,6 @@ class _Planner:
         self.roots: dict[int, tuple[int, int]] = {}
         self.places: dict[int, Place] = {}
         self.stages: list[Stage] = []
-        self.home: dict[int, int] = {}  # root value -> number of the stage that makes it
         #: root value -> a fixed place for it: a part of a concatenation, or the next value of a carry
         self.claimed: dict[int, Place] = {}
         self.parts: dict[int, tuple[int, int]] = {}  # part of (concatenation, at column)
@@ -233,18 +240,18 @@ class _Planner:
             for part in instr.values():
                 width = self.program.type(part).width
                 if self.parts.get(self.roots[part.index][0]) != (out.index, column):
-                    self._put(part, Place("part", column, out.index), column)
+                    self._put(part, Place("part", column, out.index))
                 column += width
-            self.home[out.index] = len(self.stages) - 1
-            self._outputs_of(out.index)
             return
         kind, groups, width = self._kind(instr)
         work = Work(instr, out.index)
         if not self._joins(work, kind, groups, width):
             self.stages.append(Stage(kind, groups, width, []))
         self.stages[-1].work.append(work)
-        self.home[out.index] = len(self.stages) - 1
-        self._outputs_of(out.index, work)
+        # What is wanted of a value just made, written while it is in registers.
+        outputs = enumerate(self.program.outputs.values())
+        work.outputs += [number for number, val in outputs if self._whole(val) == out.index]
+        work.check = any(self._whole(val) == out.index for val in self.program.checks)
 
     def _kind(self, instr: Instr) -> tuple[str, int, int]:
         assert instr.out is not None
@@ -264,19 +271,13 @@ class _Planner:
         stage = self.stages[-1]
         columns = groups * width
         if kind == "group":
-            if stage.kind == "flat" and stage.columns == columns:
-                groups_of = (stage.kind, stage.groups, stage.width)
+            alike = (stage.groups, stage.width) == (groups, width)
+            if stage.kind == "flat" and stage.columns == columns and self._ready(work, stage):
                 stage.kind, stage.groups, stage.width = "group", groups, width
-                if self._ready(work, stage):
-                    return True
-                stage.kind, stage.groups, stage.width = groups_of
-                return False
-            if stage.kind != "group" or (stage.groups, stage.width) != (groups, width):
-                return False
-            return self._ready(work, stage)
-        if columns != stage.columns and not (stage.kind == "group" and columns == stage.groups):
-            return False
-        return self._ready(work, stage)
+                return True
+            return stage.kind == "group" and alike and self._ready(work, stage)
+        narrow = stage.kind == "group" and columns == stage.groups
+        return (columns == stage.columns or narrow) and self._ready(work, stage)
 
     def _ready(self, work: Work, stage: Stage) -> bool:
         """Whether every operand is in registers as it is wanted, or was in memory before the stage."""
@@ -285,9 +286,7 @@ class _Planner:
         joined = {self.parts[m][0] for m in made if m in self.parts}
         joined |= {p.name for w in stage.work for p in w.to if p.space == "part"}
         gathers = work.instr is not None and work.instr.op in GATHERS
-        values = [work.value] if work.instr is None else list(work.instr.values())
-        for val in values:
-            assert val is not None
+        for val in work.values():
             root, column = self.roots[val.index]
             inside = root in made or root in joined
             if not inside:
@@ -301,7 +300,7 @@ class _Planner:
                 return False
         return True
 
-    def _put(self, val: Val, place: Place | None, column: int = 0, **kind: Any) -> Work:
+    def _put(self, val: Val, place: Place | None, **kind: Any) -> None:
         """A value written somewhere else, in a stage of its own or the last one."""
         work = Work(None, None, val, [] if place is None else [place], **kind)
         width = self.program.type(val).width
@@ -310,15 +309,6 @@ class _Planner:
             stage = Stage("flat", 1, width, [])
             self.stages.append(stage)
         stage.work.append(work)
-        return work
-
-    def _outputs_of(self, root: int, work: Work | None = None) -> None:
-        """What is wanted of a value just made, written while it is in registers."""
-        if work is None:
-            return
-        outputs = enumerate(self.program.outputs.values())
-        work.outputs += [number for number, val in outputs if self._whole(val) == root]
-        work.check = any(self._whole(val) == root for val in self.program.checks)
 
     def _ends(self, carries: list[tuple[Any, int, int]]) -> None:
         """Outputs, checks and next values that are no whole value which a stage makes."""
@@ -339,9 +329,7 @@ class _Planner:
         """Root values that a stage reads from memory."""
         made: set[int] = set()
         for work in stage.work:
-            values = [work.value] if work.instr is None else list(work.instr.values())
-            for val in values:
-                assert val is not None
+            for val in work.values():
                 root = self.roots[val.index][0]
                 if root not in made:
                     yield root
@@ -367,17 +355,15 @@ class _Planner:
                     last[whole] = max(last.get(whole, number), last.get(work.out, number))
                 elif work.out in last and work.out not in self.claimed:
                     first[work.out] = number
-        room = _Room()
+        room = Room()
         free_at: dict[int, list[int]] = {}
         for root in first:
             free_at.setdefault(last.get(root, first[root]), []).append(root)
         for number in range(len(self.stages)):
             for root in (r for r, at in first.items() if at == number):
-                whole_place = self.claimed.get(root)
-                self.places[root] = whole_place or Place("scratch", room.take(self._width(root)))
+                self.places[root] = Place("scratch", room.take(_aligned(self._width(root))))
             for root in free_at.get(number, ()):
-                if self.places[root].space == "scratch":
-                    room.give(self.places[root].offset, self._width(root))
+                room.give(self.places[root].offset, _aligned(self._width(root)))
         self.places.update(self.claimed)
         for part, (whole, column) in self.parts.items():
             self.places[part] = self.places[whole].shifted(column)
@@ -398,20 +384,21 @@ class _Planner:
         read: list[tuple[str, int, int]] = []
         written: list[tuple[str, int, int]] = []
         for stage in self.stages:
-            reads = [self._span(self.places[r], self._width(r)) for r in self._reads(stage)]
+            reads = [_span(self.places[r], self._width(r)) for r in self._reads(stage)]
             reads = [s for s in reads if s[0] in ("scratch", "now", "next")]
             writes = []
             for work in stage.work:
                 width = stage.columns if work.out is None else self._width(work.out)
-                writes += [self._span(p, width) for p in work.to]
+                writes += [_span(p, width) for p in work.to]
             stage.barrier = _meet(reads, written) or _meet(writes, written) or _meet(writes, read)
             if stage.barrier:
                 read, written = [], []
             read += reads
             written += writes
 
-    def _span(self, place: Place, width: int) -> tuple[str, int, int]:
-        return place.space, place.offset, place.offset + width
+
+def _span(place: Place, width: int) -> tuple[str, int, int]:
+    return place.space, place.offset, place.offset + width
 
 
 def _meet(some: list[tuple[str, int, int]], others: list[tuple[str, int, int]]) -> bool:
@@ -420,36 +407,3 @@ def _meet(some: list[tuple[str, int, int]], others: list[tuple[str, int, int]]) 
 
 def _aligned(width: int) -> int:
     return -(-width // _ALIGNED) * _ALIGNED
-
-
-class _Room:
-    """Columns of scratch, shared out by first fit."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self.free: list[tuple[int, int]] = []  # (first, end), in order
-
-    def take(self, width: int) -> int:
-        width = _aligned(width)
-        for i, (first, end) in enumerate(self.free):
-            if end - first >= width:
-                self.free[i] = (first + width, end)
-                return first
-        if self.free and self.free[-1][1] == self.size:
-            first, _ = self.free.pop()
-        else:
-            first = self.size
-        self.size = first + width
-        return first
-
-    def give(self, first: int, width: int) -> None:
-        spans = sorted([*self.free, (first, first + _aligned(width))])
-        joined: list[tuple[int, int]] = []
-        for span in spans:
-            if span[0] == span[1]:
-                continue
-            if joined and joined[-1][1] == span[0]:
-                joined[-1] = joined[-1][0], span[1]
-            else:
-                joined.append(span)
-        self.free = joined

@@ -13,6 +13,7 @@ import torch
 from fastwm.bench.problem import Problem, gradients
 from fastwm.bench.providers.base import Built, Unavailable
 from fastwm.bench.providers.torch_loop import loop
+from fastwm.engines.cuda_graph import CudaRecorder
 
 __all__ = ["build"]
 
@@ -29,19 +30,11 @@ def build(problem: Problem) -> Built:
         return gradients(problem, found) if problem.backward else found
 
     with torch.set_grad_enabled(problem.backward):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARMUPS):
-                rollout()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            static = rollout()
+        static, replay = CudaRecorder(problem.device).record(rollout, _WARMUPS)
 
     def run() -> Any:
         problem.reseed()
-        graph.replay()
+        replay()
         return {name: value.detach().clone() for name, value in static.items()}
 
     return Built(run, lambda raw: raw)
