@@ -17,12 +17,13 @@ from fastwm.engines.choice import prefers_captured
 from fastwm.engines.fused_gradient import GradientMode
 from fastwm.nvtx import annotate
 from fastwm.ops.library import cpu_library, has_triton
-from fastwm.row_program.executor import Executor, RowExecutor
+from fastwm.row_program.executor import Executor
 from fastwm.row_program.fresh import Fresh
 from fastwm.row_program.kinds import dtype_name, dtype_of, kind_of
 from fastwm.row_program.lowering import Lowered, NotLowerable, lower
 from fastwm.row_program.passes import fuse_act
 from fastwm.row_program.program import Program, ProgramError
+from fastwm.row_program.row_executor import RowExecutor
 from fastwm.step_graph import StepGraph
 
 __all__ = ["FusedLoop", "NotFusible"]
@@ -87,10 +88,10 @@ class FusedLoop:
         self.batch = tuple(graph.metas[first.index].shape[:dim])
         self.wanted = _floats_kept(graph) / max(1, self.rows)
         self.generators = graph.generators()
-        self.time_major = {n for n in program.inputs if n[0] in ("draw", "feed")}
+        self.time_major = lowered.time_major
         #: Flags that may be true; those that are False by construction end nothing.
         self.live = [f for f in self.flags if not _never(lowered, f)]
-        self._kinds = {n: kind_of(dtype) for n, (_, dtype) in lowered.casts.items()}
+        self._kinds = lowered.kinds
         # In the program's order of uniforms: constants as they are, or what the prologue makes of them.
         self._direct: list[tuple[int, bool]] | None = None
         if lowered.plain and all(

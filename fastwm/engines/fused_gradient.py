@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastwm.row_program.executor import RowExecutor
 from fastwm.row_program.fresh import Fresh
 from fastwm.row_program.gradient import Gradient, differentiate
 from fastwm.row_program.kinds import dtype_of
 from fastwm.row_program.reference import interpret
+from fastwm.row_program.row_executor import RowExecutor
 
 if TYPE_CHECKING:
     from fastwm.engines.fused import FusedLoop

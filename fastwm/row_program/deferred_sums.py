@@ -27,7 +27,7 @@ class DeferredSums:
     Attributes:
         program: with one more output for each value that is summed and not given anyway.
         kept: name of such an output -> the value.
-        given: value -> name of the step or context input that it is.
+        given: value that is summed -> name of the step or context input that it is.
         terms: what adds to sums.
     """
 
@@ -35,12 +35,6 @@ class DeferredSums:
     kept: dict[Any, Val]
     given: dict[int, Any]
     terms: list[Instr]
-
-    def operand(self, val: Val) -> tuple[str, Any]:
-        """``("input", name)`` or ``("kept", name)``."""
-        if val.index in self.given:
-            return "input", self.given[val.index]
-        return "kept", next(name for name, v in self.kept.items() if v == val)
 
     def add(self, values: Mapping[int, torch.Tensor], sums: Mapping[Any, torch.Tensor]) -> None:
         """Add the contributions of some rows to ``sums``.
@@ -50,9 +44,8 @@ class DeferredSums:
         """
         for term in self.terms:
             operands = [values[v.index] for v in term.values()]
-            sums[term.attrs["target"]].add_(_TERMS[term.op](*operands, **term.attrs).reshape(
-                sums[term.attrs["target"]].shape
-            ))  # fmt: skip
+            total = sums[term.attrs["target"]]
+            total += _TERMS[term.op](*operands, **term.attrs).reshape(total.shape)
 
 
 def defer_sums(program: Program) -> DeferredSums:
@@ -72,17 +65,17 @@ def defer_sums(program: Program) -> DeferredSums:
           carry   %1 g: f[2]
           %2: f[2] = tanh(%1)
           output summed.2 = %2
-        >>> [deferred.operand(v) for v in deferred.terms[0].values()]
-        [('input', 'x'), ('kept', ('summed', 2))]
+        >>> deferred.given, deferred.kept
+        ({0: 'x'}, {('summed', 2): %2})
     """
     terms = [i for i in program.instrs if i.op in SUMS]
-    inputs = program.inputs.items()
-    given = {i.val.index: n for n, i in inputs if i.role in ("step", "context")}
-    kept: dict[Any, Val] = {}
-    for term in terms:
-        for val in term.values():
-            if val.index not in given:
-                kept["summed", val.index] = val
+    summed = {v.index: v for term in terms for v in term.values()}
+    given = {
+        i.val.index: name
+        for name, i in program.inputs.items()
+        if i.role in ("step", "context") and i.val.index in summed
+    }
+    kept = {("summed", index): val for index, val in summed.items() if index not in given}
     without = replace(
         program,
         instrs=[i for i in program.instrs if i.op not in SUMS],
@@ -111,7 +104,7 @@ def _grouped_outer(x: torch.Tensor, g: torch.Tensor, layout: str, target: Any) -
 
 
 def _mine(i: torch.Tensor, member: int) -> torch.Tensor:
-    return (i.reshape(-1, 1) == member).to(i.dtype)
+    return i.reshape(-1, 1) == member
 
 
 def _member_outer(
@@ -119,8 +112,8 @@ def _member_outer(
 ) -> torch.Tensor:
     x, g = _rows(x, 1), _rows(g, 1)
     # Chosen, not multiplied: 0 times another member's infinity would be NaN.
-    parts = [torch.where(_mine(i, m) != 0, g, 0) for m in range(members)]
-    chosen = [torch.where(_mine(i, m) != 0, x, 0) for m in range(members)]
+    parts = [torch.where(_mine(i, m), g, 0) for m in range(members)]
+    chosen = [torch.where(_mine(i, m), x, 0) for m in range(members)]
     return torch.stack(
         [p.T @ c if layout == "nk" else c.T @ p for p, c in zip(parts, chosen, strict=True)]
     )
@@ -129,7 +122,7 @@ def _member_outer(
 def _member_row_sum(g: torch.Tensor, i: torch.Tensor, target: Any, members: int) -> torch.Tensor:
     g = _rows(g, g.ndim - 2)
     rows = g.reshape(len(g), -1)
-    return torch.stack([torch.where(_mine(i, m) != 0, rows, 0).sum(0) for m in range(members)])
+    return torch.stack([torch.where(_mine(i, m), rows, 0).sum(0) for m in range(members)])
 
 
 _TERMS: dict[str, Callable[..., torch.Tensor]] = {

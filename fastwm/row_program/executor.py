@@ -4,37 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from fastwm.ops.row_program import row_program_op
 from fastwm.row_program.encode import encode
-from fastwm.row_program.fresh import Fresh
-from fastwm.row_program.kinds import dtype_of
 from fastwm.row_program.program import Program
+from fastwm.row_program.row_executor import RowExecutor
 
-__all__ = ["Executor", "RowExecutor"]
-
-
-class RowExecutor(Protocol):
-    """What runs a row program: :class:`Executor` on a CPU, ``fastwm.kernels.row_program`` on CUDA."""
-
-    inputs: list[Any]
-    results: list[Any]
-    empty: Fresh
-
-    def run(
-        self, inputs: Sequence[torch.Tensor], rows: int, steps: int, *, reverse: bool = False,
-        outputs: list[torch.Tensor] | None = None,
-    ) -> tuple[list[torch.Tensor], int]: ...  # fmt: skip
+__all__ = ["Executor"]
 
 
 # From so many rows on the products of one step are large enough, and values are not kept for several steps.
 _TALL = 128
 
 
-class Executor:
+class Executor(RowExecutor):
     """A row program, encoded, with the room for its packed matrices.
 
     Matrices are packed when their contents differ from the last call's, so one executor can be called with
@@ -71,12 +57,10 @@ class Executor:
         bf16: bool = False,
         isa: int | None = None,
     ) -> None:
+        super().__init__(program, kinds)
         self._op = row_program_op()
-        self.program = program
         self.encoded = encoded = encode(program, time_major=time_major, kinds=kinds)
         self._stepwise = encode(program, time_major=time_major, kinds=kinds, stepwise=True)
-        self.inputs = encoded.inputs
-        self.results = [*encoded.outputs, *encoded.finals, *encoded.sums]
         self.bf16 = bf16
         self._isa = -1 if isa is None else isa
         element = torch.bfloat16 if bf16 else program.dtype
@@ -90,34 +74,10 @@ class Executor:
             self._packed = torch.empty(size, dtype=element)
         self._prints = torch.zeros(encoded.matrices + 1, dtype=torch.int64)
         self._lock = threading.Lock()  # packed room is written at the start of a call
-        kinds = dict(kinds or {})
-        made: list[tuple[str, tuple[int, ...], torch.dtype]] = []
-        for name in encoded.outputs:
-            type = program.type(program.outputs[name])
-            made.append(("output", type.shape, dtype_of(kinds.get(name, type.kind), program.dtype)))
-        for name in encoded.finals:
-            type = program.type(program.inputs[name].val)
-            made.append(("final", type.shape, program.dtype))
-        for name in encoded.sums:
-            made.append(("sum", program.sums[name].shape, program.dtype))
-
-        def sizes(rows: int, steps: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-            lead = {"output": (rows, steps), "final": (rows,), "sum": ()}
-            return [((*lead[what], *shape), dtype) for what, shape, dtype in made]
-
-        #: Fresh tensors for the results of ``rows`` rows and ``steps`` steps.
-        self.empty = Fresh(sizes)
 
     def packed_bytes(self) -> int:
         """Memory held for packed matrices."""
         return self._packed.numel() * self._packed.element_size()
-
-    def __call__(
-        self, inputs: Mapping[Any, torch.Tensor], rows: int, steps: int, *, reverse: bool = False
-    ) -> dict[Any, torch.Tensor]:
-        """Run it: see :meth:`run`, with tensors by name."""
-        outputs, _ = self.run([inputs[name] for name in self.inputs], rows, steps, reverse=reverse)
-        return dict(zip(self.results, outputs, strict=True))
 
     def run(
         self,
@@ -128,19 +88,6 @@ class Executor:
         reverse: bool = False,
         outputs: list[torch.Tensor] | None = None,
     ) -> tuple[list[torch.Tensor], int]:
-        """Run ``steps`` steps.
-
-        Args:
-            inputs: in the order of :attr:`inputs`, contiguous, of the program's dtype (bool and int values as
-                bool and int64). carry and context ``[rows, *shape]``, step ``[rows, steps, *shape]`` (time
-                major: ``[steps, rows, *shape]``), uniforms ``shape``.
-            reverse: from the last step to the first.
-            outputs: to write into, in the order of what is returned; default: fresh ones.
-
-        Returns:
-            Outputs ``[rows, steps, *shape]``, finals ``[rows, *shape]`` and sums; and 0 if every check held,
-            else 1 + the first step at which one did not.
-        """
         if outputs is None:
             outputs = self.empty(rows, steps)
         encoded = self._stepwise if rows >= _TALL else self.encoded

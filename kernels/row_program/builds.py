@@ -16,7 +16,7 @@ from fastwm.kernels.row_program.source import Tile
 from fastwm.request import Request
 from fastwm.rollout import start_of
 from fastwm.row_program.gradient import differentiate
-from fastwm.row_program.kinds import dtype_of, kind_of
+from fastwm.row_program.kinds import dtype_of
 from fastwm.row_program.lowering import Lowered, lower
 from fastwm.row_program.passes import fuse_act
 from fastwm.row_program.program import Program
@@ -85,10 +85,9 @@ def builds() -> Iterator[Build]:
     for name, direction, tile, precision in _BUILDS:
         lowered = lowered_suite(name)
         program = fuse_act(lowered.program)
-        major = {n for n in program.inputs if n[0] in ("draw", "feed")}
-        kinds = {n: kind_of(dtype) for n, (_, dtype) in lowered.casts.items()}
         variant = f"{name}-{direction}-{tile.rows}-{precision}"
         if direction == "forward":
+            major, kinds = lowered.time_major, lowered.kinds
             yield build(variant, program, tile, precision, time_major=major, kinds=kinds)
             continue
         wrt = [n for n, i in program.inputs.items() if program.type(i.val).kind == "float"]

@@ -13,11 +13,11 @@ import triton
 from fastwm.kernels.row_program.source import Source, Tile, scratch_columns, write
 from fastwm.kernels.row_program.stages import plan
 from fastwm.row_program.deferred_sums import defer_sums
-from fastwm.row_program.fresh import Fresh
-from fastwm.row_program.kinds import dtype_of, matmul_precision
+from fastwm.row_program.kinds import matmul_precision
 from fastwm.row_program.program import Program
+from fastwm.row_program.row_executor import RowExecutor
 
-__all__ = ["TritonExecutor", "kernel_of", "programs_for", "scratch_bytes", "tile_for"]
+__all__ = ["TritonExecutor", "kernel_of", "programs_for", "tile_for"]
 
 _TALL = 64  # rows of the tallest tile
 _SCRATCH_BYTES = 30 << 20  # of all tiles at a time
@@ -60,8 +60,8 @@ def kernel_of(source: Source) -> Any:
     return space["row_program_kernel"]
 
 
-class TritonExecutor:
-    """A row program as a Triton kernel; used as :class:`fastwm.row_program.executor.Executor`.
+class TritonExecutor(RowExecutor):
+    """A row program as a Triton kernel; see :class:`fastwm.row_program.row_executor.RowExecutor`.
 
     Args:
         program: what to run.
@@ -83,34 +83,17 @@ class TritonExecutor:
         kinds: Mapping[Any, str] | None = None,
         tile: Tile | None = None,
     ) -> None:
-        self.program = program
+        super().__init__(program, kinds, device)
         self.device = torch.device(device)
         self._deferred = deferred = defer_sums(program)
         self._plan = plan(deferred.program)
         self._time_major = set(time_major)
-        self.kinds = dict(kinds or {})
         self._tile = tile
-        items = deferred.program.inputs.items()
-        #: Names in the order in which tensors are given: of rows, then uniforms.
-        self.inputs = [n for n, i in items if i.role != "uniform"]
-        self.inputs += [n for n, i in items if i.role == "uniform"]
-        self.results = [*program.outputs, *program.finals, *program.sums]
-        self._made: dict[Any, tuple[Source, Any, torch.Tensor]] = {}
+        self._made: dict[Any, tuple[Any, torch.Tensor]] = {}
         self._never = torch.zeros(1, dtype=torch.int32, device=self.device)  # written by no kernel
         self._processors = 1
         if self.device.type == "cuda":
             self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self.empty = Fresh(self._sizes, self.device)
-
-    def _sizes(self, rows: int, steps: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        p = self.program
-        types = {n: p.type(v) for n, v in p.outputs.items()}
-        made = [
-            ((rows, steps, *t.shape), dtype_of(self.kinds.get(n, t.kind), p.dtype))
-            for n, t in types.items()
-        ]
-        made += [((rows, *p.type(p.inputs[n].val).shape), p.dtype) for n in p.finals]
-        return made + [(s.shape, p.dtype) for s in p.sums.values()]
 
     @property
     def inner(self) -> Program:
@@ -139,21 +122,22 @@ class TritonExecutor:
         columns, item = scratch_columns(self._plan), self.program.dtype.itemsize
         return self._tile or tile_for(rows, self._processors, columns, item)
 
-    def _kernel(self, rows: int, reverse: bool) -> tuple[Tile, Source, Any, torch.Tensor]:
+    def scratch(self, rows: int) -> tuple[int, int]:
+        """Program instances for so many rows, and elements of scratch of all of them, which is what a call
+        takes beside its results."""
+        tile, columns = self._tile_of(rows), scratch_columns(self._plan)
+        item = self.program.dtype.itemsize
+        programs = programs_for(rows, self._processors, tile, columns, item)
+        return programs, programs * tile.rows * columns
+
+    def _kernel(self, rows: int, reverse: bool) -> tuple[Tile, Any, torch.Tensor]:
         tile = self._tile_of(rows)
         key = tile, reverse, self._precision()
         if key not in self._made:
             source = self.source(rows, reverse=reverse)
             maps = torch.tensor(source.maps, dtype=torch.int32, device=self.device)
-            self._made[key] = source, kernel_of(source), maps
+            self._made[key] = kernel_of(source), maps
         return tile, *self._made[key]
-
-    def __call__(
-        self, inputs: Mapping[Any, torch.Tensor], rows: int, steps: int, *, reverse: bool = False
-    ) -> dict[Any, torch.Tensor]:
-        """Run it: see :meth:`run`, with tensors by name."""
-        outputs, _ = self.run([inputs[name] for name in self.inputs], rows, steps, reverse=reverse)
-        return dict(zip(self.results, outputs, strict=True))
 
     def run(
         self,
@@ -164,10 +148,7 @@ class TritonExecutor:
         reverse: bool = False,
         outputs: list[torch.Tensor] | None = None,
     ) -> tuple[list[torch.Tensor], int]:
-        """Run ``steps`` steps: arguments and result as of the C++ executor.
-
-        Where the program has checks, this waits for the device.
-        """
+        # Where the program has checks, this waits for the device.
         if outputs is None:
             outputs = self.empty(rows, steps)
         program, kept = self.program, self._deferred.kept
@@ -213,18 +194,15 @@ class TritonExecutor:
         self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], finals: Sequence[torch.Tensor],
         failed: torch.Tensor, first: int, last: int, rows: int, steps: int, reverse: bool,
     ) -> None:  # fmt: skip
-        tile, source, kernel, maps = self._kernel(rows, reverse)
+        tile, kernel, maps = self._kernel(rows, reverse)
         widest = max(
             (self.program.types[v.index].width for v in self.inner.outputs.values()), default=1
         )
         if tile.rows * steps * widest >= 1 << 31:
             raise RuntimeError(f"{steps} steps of {widest} elements are too many for one launch")
         tiles = triton.cdiv(last - first, tile.rows)
-        columns, item = source.columns, self.program.dtype.itemsize
-        programs = programs_for(last - first, self._processors, tile, columns, item)
-        scratch = torch.empty(
-            programs * tile.rows * source.columns, dtype=self.program.dtype, device=self.device
-        )
+        programs, size = self.scratch(last - first)
+        scratch = torch.empty(size, dtype=self.program.dtype, device=self.device)
         with torch.cuda.device_of(scratch):
             kernel[(programs,)](
                 *inputs, *outputs, *finals, failed, maps, scratch, first, last, rows, steps,
@@ -236,31 +214,15 @@ class TritonExecutor:
         sums: Mapping[Any, torch.Tensor], first: int, last: int, steps: int,
     ) -> None:  # fmt: skip
         deferred, program = self._deferred, self.program
-        given = dict(zip(self.inputs, inputs, strict=True))
-        values: dict[int, torch.Tensor] = {}
-        for term in deferred.terms:
-            for val in term.values():
-                if val.index in values:
-                    continue
-                what, name = deferred.operand(val)
-                if what == "kept":
-                    values[val.index] = kept[name]
-                    continue
-                value = given[name]
-                shape = program.type(val).shape
-                if program.inputs[name].role == "context":
-                    value = value[first:last].reshape(-1, 1, *shape).expand(-1, steps, *shape)
-                elif name in self._time_major:
-                    value = value.reshape(steps, -1, *shape)[:, first:last].transpose(0, 1)
-                else:
-                    value = value.reshape(-1, steps, *shape)[first:last]
-                values[val.index] = value.to(program.dtype)
+        named = dict(zip(self.inputs, inputs, strict=True))
+        values = {val.index: kept[name] for name, val in deferred.kept.items()}
+        for index, name in deferred.given.items():
+            value, shape = named[name], program.types[index].shape
+            if program.inputs[name].role == "context":
+                value = value[first:last].reshape(-1, 1, *shape).expand(-1, steps, *shape)
+            elif name in self._time_major:
+                value = value.reshape(steps, -1, *shape)[:, first:last].transpose(0, 1)
+            else:
+                value = value.reshape(-1, steps, *shape)[first:last]
+            values[index] = value.to(program.dtype)
         deferred.add(values, sums)
-
-
-def scratch_bytes(executor: TritonExecutor, rows: int) -> int:
-    """Memory beside the results that a call takes."""
-    tile, source, _, _ = executor._kernel(rows, False)
-    item = executor.program.dtype.itemsize
-    programs = programs_for(rows, executor._processors, tile, source.columns, item)
-    return programs * tile.rows * source.columns * item

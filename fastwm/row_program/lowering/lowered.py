@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastwm.row_program.kinds import dtype_name
+from fastwm.row_program.kinds import dtype_name, kind_of
 from fastwm.row_program.lowering.draws import Draw
 from fastwm.row_program.lowering.errors import Misfit, NotLowerable, RowsMix
 from fastwm.row_program.lowering.layout import Fill, Fixed, Laid, describe
@@ -51,6 +51,16 @@ class Lowered:
     passed: dict[Any, Any] = field(default_factory=dict)
     frozen: set[Any] = field(default_factory=set)
     rows: int = 1
+
+    @property
+    def time_major(self) -> set[Any]:
+        """Inputs that are drawn or fed step by step, and so lie in memory."""
+        return {n for n in self.program.inputs if n[0] in ("draw", "feed")}
+
+    @property
+    def kinds(self) -> dict[Any, str]:
+        """For each output, the kind of its elements in eager."""
+        return {name: kind_of(dtype) for name, (_, dtype) in self.casts.items()}
 
 
 def lower(
