@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastwm.kernels import Build
+from fastwm.kernels.elementary import two_floats
 
 __all__ = [
     "MOST_CLASSES",
@@ -221,7 +221,7 @@ def _launch(
     with torch.cuda.device_of(tensors[0]):
         kernel[(n_rows,)](
             *tensors,
-            *(part for scalar in scalars for part in _parts(scalar)),
+            *(part for scalar in scalars for part in two_floats(scalar)),
             n_groups,
             n_classes,
             MIXED=unimix != 0,
@@ -237,12 +237,6 @@ LAUNCH = {"num_warps": 4, "num_stages": 1}
 def _tile(n_classes: int) -> dict[str, int]:
     block = triton.next_power_of_2(max(n_classes, 1))
     return {"TILE_G": max(1, TILE // block), "BLOCK_C": block}
-
-
-def _parts(scalar: float) -> tuple[float, float]:
-    """A kernel's float argument is a float32: a float64 goes over as two of them."""
-    most = float(np.float32(scalar))
-    return most, scalar - most
 
 
 def builds() -> Iterator[Build]:

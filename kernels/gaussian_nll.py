@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastwm.kernels import Build
+from fastwm.kernels.elementary import log1p, sigmoid
 
 __all__ = ["backward", "builds", "forward", "gaussian_nll_bwd_kernel", "gaussian_nll_fwd_kernel"]
 
@@ -28,18 +29,7 @@ LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 @triton.jit
 def _softplus(x):
-    # log1p(u) for u = exp(-|x|), with the rounding of 1 + u taken back.
-    b_u = tl.exp(-tl.abs(x))
-    b_sum = 1.0 + b_u
-    b_log = tl.where(
-        b_sum == 1.0, b_u, tl.log(b_sum) * (b_u / tl.where(b_sum == 1.0, 1.0, b_sum - 1.0))
-    )
-    return tl.where(x > 0.0, x, 0.0 * x) + b_log
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return tl.where(x > 0.0, x, 0.0 * x) + log1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -110,11 +100,11 @@ def gaussian_nll_bwd_kernel(
         b_error = tl.load(p_mean + o_at, mask=mask, other=0.0)
         b_error -= tl.load(p_target + o_at, mask=mask, other=0.0)
         b_to_bounded = b_grad * (1.0 - b_error * b_error * b_precision)
-        b_to_below_max = b_to_bounded * _sigmoid(b_to_min)
+        b_to_below_max = b_to_bounded * sigmoid(b_to_min)
         tl.store(p_grad_mean + o_at, b_grad * 2.0 * b_error * b_precision, mask=mask)
-        tl.store(p_grad_logvar + o_at, b_to_below_max * _sigmoid(b_to_max), mask=mask)
-        b_share_max += tl.sum(tl.where(mask, b_to_below_max * _sigmoid(-b_to_max), 0.0), 0)
-        b_share_min += tl.sum(tl.where(mask, b_to_bounded * _sigmoid(-b_to_min), 0.0), 0)
+        tl.store(p_grad_logvar + o_at, b_to_below_max * sigmoid(b_to_max), mask=mask)
+        b_share_max += tl.sum(tl.where(mask, b_to_below_max * sigmoid(-b_to_max), 0.0), 0)
+        b_share_min += tl.sum(tl.where(mask, b_to_bounded * sigmoid(-b_to_min), 0.0), 0)
     tl.store(p_share_max + i_block * n_features + o_f, b_share_max, mask=mask_f)
     tl.store(p_share_min + i_block * n_features + o_f, b_share_min, mask=mask_f)
 

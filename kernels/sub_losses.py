@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastwm.kernels import Build
+from fastwm.kernels.elementary import log1p, sigmoid, two_floats
 
 __all__ = [
     "backward",
@@ -33,13 +33,6 @@ LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
-def _log1p(x):
-    # log(u) * x / (u - 1) with u = 1 + x takes back the rounding of u.
-    b_u = 1.0 + x
-    return tl.where(b_u == 1.0, x, tl.log(b_u) * (x / tl.where(b_u == 1.0, 1.0, b_u - 1.0)))
-
-
-@triton.jit
 def _distance(x, y, DISTANCE: tl.constexpr):
     """In the numbering of fastwm/ops/sub_losses.py."""
     if DISTANCE == 0:
@@ -53,11 +46,11 @@ def _distance(x, y, DISTANCE: tl.constexpr):
         # torch's bound on a logarithm, so that certainty costs 100 and not infinity.
         b_valid = (x >= 0.0) & (x <= 1.0)
         b_log = tl.where(x > 0.0, tl.log(tl.where(x > 0.0, x, 1.0)), -100.0)
-        b_rest = tl.where(x < 1.0, _log1p(-tl.where(x < 1.0, x, 0.0)), -100.0)
+        b_rest = tl.where(x < 1.0, log1p(-tl.where(x < 1.0, x, 0.0)), -100.0)
         b_log, b_rest = tl.maximum(b_log, -100.0), tl.maximum(b_rest, -100.0)
         b_loss = tl.where(b_valid, (y - 1.0) * b_rest - y * b_log, float("nan"))
     else:
-        b_loss = tl.where(x <= 0.0, 0.0, x) - x * y + _log1p(tl.exp(-tl.abs(x)))
+        b_loss = tl.where(x <= 0.0, 0.0, x) - x * y + log1p(tl.exp(-tl.abs(x)))
     return b_loss
 
 
@@ -74,7 +67,7 @@ def _derivative(x, y, DISTANCE: tl.constexpr):
         b_valid = (x >= 0.0) & (x <= 1.0)
         b_slope = tl.where(b_valid, b_d / tl.maximum((1.0 - x) * x, 1e-12), 0.0)
     else:
-        b_slope = 1.0 / (1.0 + tl.exp(-x)) - y
+        b_slope = sigmoid(x) - y
     return b_slope
 
 
@@ -512,9 +505,8 @@ class _Group:
             self.per = [
                 max(1, n // max(1, mask.numel())) for n, mask in zip(self.sizes, masks, strict=True)
             ]
-        # A kernel's float argument is a float32: a float64 goes over as two of them.
-        self.weights = [float(np.float32(weight)) for weight in weights]
-        self.weight_rests = [w - most for w, most in zip(weights, self.weights, strict=True)]
+        self.weights = [two_floats(weight)[0] for weight in weights]
+        self.weight_rests = [two_floats(weight)[1] for weight in weights]
         self.ends: list[int] = []  # the number of the first block past each pair
         for n in self.sizes:
             self.ends.append((self.ends[-1] if self.ends else 0) + triton.cdiv(n, BLOCK))

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastwm.kernels import Build
+from fastwm.kernels.elementary import log1p
 
 __all__ = [
     "MOST_BINS",
@@ -31,20 +32,13 @@ MOST_BINS = 4096
 
 
 @triton.jit
-def _log1p(x):
-    # log(u) * x / (u - 1) with u = 1 + x takes back the rounding of u.
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-
-
-@triton.jit
 def _place(b_target, b_bins, p_bins, mask, n_bins, SYMLOG: tl.constexpr):
     """Lower bin, weight of the upper one, its slope in the target."""
     b_x = b_target
     b_slope = tl.full((), 1.0, b_target.dtype)
     if SYMLOG:
         b_size = tl.abs(b_target)
-        b_x = tl.where(b_target < 0, -_log1p(b_size), _log1p(b_size))
+        b_x = tl.where(b_target < 0, -log1p(b_size), log1p(b_size))
         b_slope = 1.0 / (1.0 + b_size)
     b_low = tl.load(p_bins)
     b_high = tl.load(p_bins + n_bins - 1)

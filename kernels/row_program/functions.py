@@ -1,14 +1,15 @@
 """What a row program's ops compute, as Triton functions; references are in ``fastwm/row_program/ops.py``.
 
-Built from exp, log and the like alone, and not on libdevice, so that the interpreter runs what a GPU runs.
-Near zero, ``exp(x) - 1`` and ``log(1 + x)`` are corrected by what was lost in rounding (Kahan; Goldberg 1991,
-theorem 4).
+Built from exp, log and the like alone (``kernels/elementary.py``), and not on libdevice, so that the
+interpreter runs what a GPU runs.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from fastwm.kernels.elementary import expm1, log1p, sigmoid
 
 NAN = tl.constexpr(float("nan"))
 
@@ -40,31 +41,10 @@ def where_nan(is_nan, x):
 
 
 @triton.jit
-def expm1(x):
-    u = tl.exp(x)
-    d = u - 1.0
-    inner = d * x / tl.log(tl.where((u == 1.0) | (d == -1.0) | (u > 1e38), 2.0, u))
-    return tl.where(u == 1.0, x, tl.where((d == -1.0) | (u > 1e38), d, inner))
-
-
-@triton.jit
-def log1p(x):
-    u = x + 1.0
-    exact = (u == 1.0) | (u > 1e38)
-    inner = tl.log(u) * x / (tl.where(exact, 2.0, u) - 1.0)
-    return tl.where(u == 1.0, x, tl.where(u > 1e38, tl.log(u), inner))
-
-
-@triton.jit
 def tanh(x):
     e = expm1(-2.0 * tl.abs(x))
     t = -e / (e + 2.0)
     return tl.where(x < 0.0, -t, t)
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
