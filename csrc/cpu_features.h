@@ -15,4 +15,14 @@ enum class CpuIsa : int64_t {
 // The best set that both the CPU and the operating system (saved register state) support.
 CpuIsa cpu_isa();
 
+// A table of kernels is a function of its own for each dtype: T's.
+template <typename T, typename F32, typename F64>
+auto of_dtype(F32* f32, F64* f64) {
+  if constexpr (sizeof(T) == 4) {
+    return f32();
+  } else {
+    return f64();
+  }
+}
+
 } // namespace fastwm

@@ -34,22 +34,7 @@ FASTWM_INLINE void each(int64_t n, F f) {
 // The m elements at p; `fill` in the lanes beyond.
 template <typename T>
 FASTWM_INLINE Vec<T> get(const T* p, int64_t m, T fill) {
-  if (m == Lanes<T>::count) {
-    return load<T>(p);
-  }
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    return (Vec<T>)_mm512_mask_loadu_ps((__m512)spread<T>(fill), __mmask16((1u << m) - 1), p);
-  } else {
-    return (Vec<T>)_mm512_mask_loadu_pd((__m512d)spread<T>(fill), __mmask8((1u << m) - 1), p);
-  }
-#else
-  T lanes[Lanes<T>::count];
-  for (int64_t j = 0; j < Lanes<T>::count; ++j) {
-    lanes[j] = j < m ? p[j] : fill;
-  }
-  return load<T>(lanes);
-#endif
+  return m == Lanes<T>::count ? load<T>(p) : load_part<T>(p, m, fill);
 }
 
 template <typename T>

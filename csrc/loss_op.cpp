@@ -10,15 +10,6 @@ namespace {
 
 std::atomic<int64_t> isa_limit{INT64_MAX};
 
-template <typename T>
-const LossKernels<T>* choose(const LossKernels<float>* (*f32)(), const LossKernels<double>* (*f64)()) {
-  if constexpr (sizeof(T) == 4) {
-    return f32();
-  } else {
-    return f64();
-  }
-}
-
 } // namespace
 
 int64_t limit_isa(int64_t isa) {
@@ -30,13 +21,13 @@ const LossKernels<T>& kernels() {
 #if defined(FASTWM_X86)
   const int64_t isa = std::min(int64_t(cpu_isa()), isa_limit.load());
   if (isa >= int64_t(CpuIsa::kAvx512)) {
-    return *choose<T>(&loss_kernels_f32_avx512, &loss_kernels_f64_avx512);
+    return *of_dtype<T>(&loss_kernels_f32_avx512, &loss_kernels_f64_avx512);
   }
   if (isa >= int64_t(CpuIsa::kAvx2)) {
-    return *choose<T>(&loss_kernels_f32_avx2, &loss_kernels_f64_avx2);
+    return *of_dtype<T>(&loss_kernels_f32_avx2, &loss_kernels_f64_avx2);
   }
 #endif
-  return *choose<T>(&loss_kernels_f32_portable, &loss_kernels_f64_portable);
+  return *of_dtype<T>(&loss_kernels_f32_portable, &loss_kernels_f64_portable);
 }
 
 template const LossKernels<float>& kernels<float>();

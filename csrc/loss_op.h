@@ -2,20 +2,15 @@
 #pragma once
 
 #include "loss_kernels.h"
+#include "tensors.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 
 namespace fastwm::loss {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Elements below which a thread is not worth waking.
 constexpr int64_t kGrain = 4096;
@@ -29,13 +24,6 @@ extern template const LossKernels<double>& kernels<double>();
 // For tests: the widest instruction set that the loops may have from now on. Returns what it was.
 int64_t limit_isa(int64_t isa);
 
-inline ScalarType check_dtype(const char* op, const Tensor& first) {
-  const ScalarType dtype = first.scalar_type();
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::Double, op, ": only float32 and float64 are supported");
-  return dtype;
-}
-
 inline void check(const char* op, const char* name, const Tensor& tensor, ScalarType dtype, int64_t numel) {
   STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " has the wrong dtype");
@@ -44,16 +32,6 @@ inline void check(const char* op, const char* name, const Tensor& tensor, Scalar
 
 inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-template <typename T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <typename T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 // The size of the leading dimensions, all but the last `trailing`, and a fresh tensor of them.

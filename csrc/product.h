@@ -256,21 +256,6 @@ void product_of(const Product<T>& p) {
 //
 // With one or two rows a product costs what reading the matrix costs, and packing would read it once more.
 
-template <typename T>
-FASTWM_INLINE Vec<T> load_part(const T* p, int64_t n) { // n < lanes elements, then zeros
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    return (Vec<T>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
-  } else {
-    return (Vec<T>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
-  }
-#else
-  T part[Lanes<T>::count] = {};
-  memcpy(part, p, n * sizeof(T));
-  return load<T>(part);
-#endif
-}
-
 // The sums over the lanes of four vectors.
 template <typename T>
 FASTWM_INLINE void sums_of_four(const Vec<T>* v, T* out) {
@@ -324,7 +309,7 @@ FASTWM_INLINE void dot_block(int64_t k, const T* a, int64_t lda, const T* w, con
   }
   if (p < k) {
     const int64_t rest = k - p;
-    add([rest](const T* q) __attribute__((always_inline)) { return load_part<T>(q, rest); }, p);
+    add([rest](const T* q) __attribute__((always_inline)) { return load_part<T>(q, rest, T(0)); }, p);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < MR; ++i) {

@@ -44,24 +44,17 @@ constexpr int64_t kGap = 0;
 
 template <typename T>
 const Kernels<T>* kernels_for(int64_t isa) {
-  auto choose = [](auto* f32, auto* f64) {
-    if constexpr (sizeof(T) == 4) {
-      return f32();
-    } else {
-      return f64();
-    }
-  };
 #if defined(FASTWM_X86)
   if (isa >= int64_t(CpuIsa::kAvx512)) {
-    return choose(&kernels_f32_avx512, &kernels_f64_avx512);
+    return of_dtype<T>(&kernels_f32_avx512, &kernels_f64_avx512);
   }
   if (isa >= int64_t(CpuIsa::kAvx2)) {
-    return choose(&kernels_f32_avx2, &kernels_f64_avx2);
+    return of_dtype<T>(&kernels_f32_avx2, &kernels_f64_avx2);
   }
 #else
   (void)isa;
 #endif
-  return choose(&kernels_f32_portable, &kernels_f64_portable);
+  return of_dtype<T>(&kernels_f32_portable, &kernels_f64_portable);
 }
 
 // Aligned memory that grows and is kept by its thread: asking the system for it at every call would cost page faults.

@@ -2,19 +2,14 @@
 #pragma once
 
 #include "rows.h"
+#include "tensors.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <optional>
 
 namespace fastwm::trajectory {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // A bool tensor holds bytes of 0 or 1; as bool itself the compiler does not vectorise their loads.
 using flag_t = uint8_t;
@@ -36,9 +31,7 @@ inline void check_like(const char* op, const Tensor& first, const char* name, co
 }
 
 inline ScalarType check_trajectory(const char* op, const Tensor& first) {
-  const ScalarType dtype = first.scalar_type();
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::Double, op, ": only float32 and float64 are supported");
+  const ScalarType dtype = check_dtype(op, first);
   STD_TORCH_CHECK(first.is_cpu(), op, ": the first tensor must be on the CPU");
   STD_TORCH_CHECK(first.dim() >= 2, op, ": tensors must be [*batch, time, feature]");
   return dtype;
@@ -58,19 +51,11 @@ inline const Tensor* pointer(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? &*tensor : nullptr;
 }
 
-template <typename scalar_t>
-const scalar_t* data(const Tensor& tensor) {
-  return static_cast<const scalar_t*>(tensor.const_data_ptr());
-}
+using fastwm::data;
 
 template <typename scalar_t>
 const scalar_t* data(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? data<scalar_t>(*tensor) : nullptr;
-}
-
-template <typename scalar_t>
-scalar_t* mutable_data(const Tensor& tensor) {
-  return static_cast<scalar_t*>(tensor.mutable_data_ptr());
 }
 
 // Where up to kBlock rows begin in each of N tensors.

@@ -117,6 +117,24 @@ FASTWM_INLINE Vec<T> spread(T x) {
 #endif
 }
 
+// n < lanes elements; `fill` in the lanes beyond.
+template <typename T>
+FASTWM_INLINE Vec<T> load_part(const T* p, int64_t n, T fill) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_mask_loadu_ps((__m512)spread<T>(fill), __mmask16((1u << n) - 1), p);
+  } else {
+    return (Vec<T>)_mm512_mask_loadu_pd((__m512d)spread<T>(fill), __mmask8((1u << n) - 1), p);
+  }
+#else
+  T part[Lanes<T>::count];
+  for (int64_t j = 0; j < Lanes<T>::count; ++j) {
+    part[j] = j < n ? p[j] : fill;
+  }
+  return load<T>(part);
+#endif
+}
+
 // a * b + c; one rounding where the instruction set has it (these files are compiled with -ffp-contract=fast).
 template <typename V>
 FASTWM_INLINE V fma(V a, V b, V c) {
