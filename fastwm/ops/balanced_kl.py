@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastwm.ops.library import LIBRARY, cpu_library, in_kernel
+from fastwm.ops.library import LIBRARY, implement, in_kernel
 
 __all__ = ["balanced_kl", "balanced_kl_reference"]
 
@@ -195,20 +195,6 @@ def _backward_anywhere(*args: Any) -> tuple[Tensor, Tensor]:
     return to_posterior.contiguous(), to_prior.contiguous()
 
 
-def _forward_cuda(posterior: Tensor, *args: Any) -> Tensor:
-    from fastwm.kernels import balanced_kl as triton_kernels  # triton is imported on first use
-
-    fits = posterior.shape[-1] <= triton_kernels.MOST_CLASSES
-    return (triton_kernels.forward if fits else _forward_anywhere)(posterior, *args)
-
-
-def _backward_cuda(grad: Tensor, posterior: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    from fastwm.kernels import balanced_kl as triton_kernels
-
-    fits = posterior.shape[-1] <= triton_kernels.MOST_CLASSES
-    return (triton_kernels.backward if fits else _backward_anywhere)(grad, posterior, *args)
-
-
 def _forward_fake(posterior: Tensor, *args: Any) -> Tensor:
     return posterior.new_empty(posterior.shape[:-2])
 
@@ -245,13 +231,10 @@ def _second_order(
     return to_posterior, to_prior
 
 
-LIBRARY.impl("balanced_kl", _forward_anywhere, "CompositeExplicitAutograd")
-LIBRARY.impl("balanced_kl_backward", _backward_anywhere, "CompositeExplicitAutograd")
-LIBRARY.impl("balanced_kl", _forward_cuda, "CUDA")
-LIBRARY.impl("balanced_kl_backward", _backward_cuda, "CUDA")
-torch.library.register_fake("fastwm::balanced_kl", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("fastwm::balanced_kl_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "fastwm::balanced_kl", _autograd, setup_context=_setup_context, lib=LIBRARY
+implement(
+    "balanced_kl",
+    anywhere=(_forward_anywhere, _backward_anywhere),
+    fakes=(_forward_fake, _backward_fake),
+    autograd=(_setup_context, _autograd),
+    fits=lambda kernels, *args: args[-5].shape[-1] <= kernels.MOST_CLASSES,  # the prior's
 )
-cpu_library()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastwm.ops import trajectory
-from fastwm.ops.library import LIBRARY, cpu_library, in_kernel
+from fastwm.ops.library import LIBRARY, implement, in_kernel
 
 __all__ = ["gae", "gae_reference"]
 
@@ -221,18 +221,6 @@ def _backward_anywhere(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(trajectory.like(out, grad) for out in _backward(grad, *args))
 
 
-def _forward_cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    from fastwm.kernels import gae as triton_kernels  # triton is imported on first use
-
-    return triton_kernels.forward(*args)
-
-
-def _backward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from fastwm.kernels import gae as triton_kernels
-
-    return triton_kernels.backward(*args)
-
-
 def _forward_fake(value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(value), torch.empty_like(value)
 
@@ -272,11 +260,9 @@ def _autograd(ctx: Any, grad_advantage: Tensor, grad_target: Tensor) -> tuple[Te
     return to_value, to_next, to_reward, None, None, to_gamma, to_lmbda, None, None
 
 
-LIBRARY.impl("gae", _forward_anywhere, "CompositeExplicitAutograd")
-LIBRARY.impl("gae_backward", _backward_anywhere, "CompositeExplicitAutograd")
-LIBRARY.impl("gae", _forward_cuda, "CUDA")
-LIBRARY.impl("gae_backward", _backward_cuda, "CUDA")
-torch.library.register_fake("fastwm::gae", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("fastwm::gae_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd("fastwm::gae", _autograd, setup_context=_setup_context, lib=LIBRARY)
-cpu_library()
+implement(
+    "gae",
+    anywhere=(_forward_anywhere, _backward_anywhere),
+    fakes=(_forward_fake, _backward_fake),
+    autograd=(_setup_context, _autograd),
+)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastwm.ops.library import LIBRARY, cpu_library, in_kernel
+from fastwm.ops.library import LIBRARY, implement, in_kernel
 
 __all__ = ["gaussian_nll", "gaussian_nll_reference"]
 
@@ -182,18 +182,6 @@ def _backward_anywhere(*args: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in _backward(*args))
 
 
-def _forward_cuda(*args: Tensor) -> Tensor:
-    from fastwm.kernels import gaussian_nll as triton_kernels  # triton is imported on first use
-
-    return triton_kernels.forward(*args)
-
-
-def _backward_cuda(*args: Tensor) -> tuple[Tensor, ...]:
-    from fastwm.kernels import gaussian_nll as triton_kernels
-
-    return triton_kernels.backward(*args)
-
-
 def _forward_fake(mean: Tensor, *args: Tensor) -> Tensor:
     return mean.new_empty(mean.shape[:-1])
 
@@ -218,13 +206,9 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return to_mean, to_logvar, to_target, to_max, to_min
 
 
-LIBRARY.impl("gaussian_nll", _forward_anywhere, "CompositeExplicitAutograd")
-LIBRARY.impl("gaussian_nll_backward", _backward_anywhere, "CompositeExplicitAutograd")
-LIBRARY.impl("gaussian_nll", _forward_cuda, "CUDA")
-LIBRARY.impl("gaussian_nll_backward", _backward_cuda, "CUDA")
-torch.library.register_fake("fastwm::gaussian_nll", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("fastwm::gaussian_nll_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "fastwm::gaussian_nll", _autograd, setup_context=_setup_context, lib=LIBRARY
+implement(
+    "gaussian_nll",
+    anywhere=(_forward_anywhere, _backward_anywhere),
+    fakes=(_forward_fake, _backward_fake),
+    autograd=(_setup_context, _autograd),
 )
-cpu_library()

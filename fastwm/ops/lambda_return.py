@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastwm.ops import trajectory
-from fastwm.ops.library import LIBRARY, cpu_library, in_kernel
+from fastwm.ops.library import LIBRARY, implement, in_kernel
 
 __all__ = ["lambda_return", "lambda_return_reference"]
 
@@ -238,18 +238,6 @@ def _backward_anywhere(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return trajectory.like(to_value, grad), trajectory.like(to_reward, grad)
 
 
-def _forward_cuda(*args: Any) -> Tensor:
-    from fastwm.kernels import lambda_return as triton_kernels  # triton is imported on first use
-
-    return triton_kernels.forward(*args)
-
-
-def _backward_cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    from fastwm.kernels import lambda_return as triton_kernels
-
-    return triton_kernels.backward(*args)
-
-
 def _forward_fake(next_value: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(next_value)
 
@@ -290,13 +278,9 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return to_value, to_reward, None, None, to_gamma, to_lmbda, None, None
 
 
-LIBRARY.impl("lambda_return", _forward_anywhere, "CompositeExplicitAutograd")
-LIBRARY.impl("lambda_return_backward", _backward_anywhere, "CompositeExplicitAutograd")
-LIBRARY.impl("lambda_return", _forward_cuda, "CUDA")
-LIBRARY.impl("lambda_return_backward", _backward_cuda, "CUDA")
-torch.library.register_fake("fastwm::lambda_return", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("fastwm::lambda_return_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "fastwm::lambda_return", _autograd, setup_context=_setup_context, lib=LIBRARY
+implement(
+    "lambda_return",
+    anywhere=(_forward_anywhere, _backward_anywhere),
+    fakes=(_forward_fake, _backward_fake),
+    autograd=(_setup_context, _autograd),
 )
-cpu_library()

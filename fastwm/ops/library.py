@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["LIBRARY", "CpuLibrary", "cpu_isa", "cpu_library", "has_triton", "in_kernel",
+__all__ = ["LIBRARY", "CpuLibrary", "cpu_isa", "cpu_library", "has_triton", "implement", "in_kernel",
            "why_no_kernel"]  # fmt: skip
 
 # Library.define/impl, not torch.library.custom_op: 5 to 8 us a call against 11 to 26.
@@ -102,3 +105,49 @@ def why_no_kernel(*tensors: Tensor | None) -> str:
 def has_triton() -> bool:
     """Whether kernels for CUDA can be compiled; the CPU builds of torch come without it."""
     return importlib.util.find_spec("triton") is not None
+
+
+def implement(
+    name: str,
+    anywhere: tuple[Callable[..., Any], Callable[..., Any]],
+    fakes: tuple[Callable[..., Any], Callable[..., Any]],
+    autograd: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+    fits: Callable[..., bool] | None = None,
+) -> None:
+    """Fill in a defined op and its backward, ``<name>`` and ``<name>_backward``, two of everything.
+
+    On the CPU both are those of the C++ library, on CUDA the ``forward`` and ``backward`` of
+    ``fastwm.kernels.<name>``.
+
+    Args:
+        anywhere: on other devices, and without the library.
+        fakes: what their results look like.
+        autograd: what is kept for the gradient, and the gradient.
+        fits: whether the kernels take these arguments, from their module and the op's arguments.
+    """
+    for op, which, run, fake in zip(
+        (name, f"{name}_backward"), ("forward", "backward"), anywhere, fakes, strict=True
+    ):
+        LIBRARY.impl(op, run, "CompositeExplicitAutograd")
+        LIBRARY.impl(op, _on_cuda(name, which, run, fits), "CUDA")
+        torch.library.register_fake(f"fastwm::{op}", fake, lib=LIBRARY)
+    if autograd is not None:
+        setup, formula = autograd
+        torch.library.register_autograd(
+            f"fastwm::{name}", formula, setup_context=setup, lib=LIBRARY
+        )
+    cpu_library()
+
+
+def _on_cuda(
+    name: str,
+    which: str,
+    anywhere: Callable[..., Any],
+    fits: Callable[..., bool] | None,
+) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        kernels = importlib.import_module(f"fastwm.kernels.{name}")  # triton comes on first use
+        takes = fits is None or fits(kernels, *args)
+        return (getattr(kernels, which) if takes else anywhere)(*args)
+
+    return run

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastwm.ops.library import KERNEL_DTYPES, LIBRARY, cpu_library, why_no_kernel
+from fastwm.ops.library import KERNEL_DTYPES, LIBRARY, cpu_library, implement, why_no_kernel
 
 __all__ = ["DISTANCES", "elementwise", "sub_losses", "sub_losses_reference", "why_not_in_kernel"]
 
@@ -288,18 +288,6 @@ def _backward_anywhere(*args: Any) -> list[Tensor]:
     return [x.contiguous() for x in _backward(*args)]
 
 
-def _forward_cuda(*args: Any) -> list[Tensor]:
-    from fastwm.kernels import sub_losses as triton_kernels  # triton is imported on first use
-
-    return triton_kernels.forward(*args)
-
-
-def _backward_cuda(*args: Any) -> list[Tensor]:
-    from fastwm.kernels import sub_losses as triton_kernels
-
-    return triton_kernels.backward(*args)
-
-
 def _forward_fake(predictions: list[Tensor], *args: Any) -> list[Tensor]:
     return [x.new_empty(()) for x in predictions]
 
@@ -368,10 +356,8 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
     return [0 if x.is_inference() else x._version for x in tensors]
 
 
-LIBRARY.impl("sub_losses", _forward_anywhere, "CompositeExplicitAutograd")
-LIBRARY.impl("sub_losses_backward", _backward_anywhere, "CompositeExplicitAutograd")
-LIBRARY.impl("sub_losses", _forward_cuda, "CUDA")
-LIBRARY.impl("sub_losses_backward", _backward_cuda, "CUDA")
-torch.library.register_fake("fastwm::sub_losses", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("fastwm::sub_losses_backward", _backward_fake, lib=LIBRARY)
-cpu_library()
+implement(
+    "sub_losses",
+    anywhere=(_forward_anywhere, _backward_anywhere),
+    fakes=(_forward_fake, _backward_fake),
+)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastwm.ops.library import LIBRARY, cpu_library, in_kernel
+from fastwm.ops.library import LIBRARY, implement, in_kernel
 
 __all__ = ["two_hot_cross_entropy", "two_hot_cross_entropy_reference"]
 
@@ -183,20 +183,6 @@ def _backward_anywhere(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return to_logits.contiguous(), to_target.contiguous()
 
 
-def _forward_cuda(logits: Tensor, *args: Any) -> Tensor:
-    from fastwm.kernels import two_hot_cross_entropy as triton_kernels  # triton comes on first use
-
-    fits = logits.shape[-1] <= triton_kernels.MOST_BINS
-    return (triton_kernels.forward if fits else _forward_anywhere)(logits, *args)
-
-
-def _backward_cuda(grad: Tensor, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    from fastwm.kernels import two_hot_cross_entropy as triton_kernels
-
-    fits = logits.shape[-1] <= triton_kernels.MOST_BINS
-    return (triton_kernels.backward if fits else _backward_anywhere)(grad, logits, *args)
-
-
 def _forward_fake(logits: Tensor, *args: Any) -> Tensor:
     return logits.new_empty(logits.shape[:-1])
 
@@ -221,13 +207,10 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return to_logits, to_target, None, None
 
 
-LIBRARY.impl("two_hot_cross_entropy", _forward_anywhere, "CompositeExplicitAutograd")
-LIBRARY.impl("two_hot_cross_entropy_backward", _backward_anywhere, "CompositeExplicitAutograd")
-LIBRARY.impl("two_hot_cross_entropy", _forward_cuda, "CUDA")
-LIBRARY.impl("two_hot_cross_entropy_backward", _backward_cuda, "CUDA")
-torch.library.register_fake("fastwm::two_hot_cross_entropy", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("fastwm::two_hot_cross_entropy_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "fastwm::two_hot_cross_entropy", _autograd, setup_context=_setup_context, lib=LIBRARY
+implement(
+    "two_hot_cross_entropy",
+    anywhere=(_forward_anywhere, _backward_anywhere),
+    fakes=(_forward_fake, _backward_fake),
+    autograd=(_setup_context, _autograd),
+    fits=lambda kernels, *args: args[-2].numel() <= kernels.MOST_BINS,
 )
-cpu_library()
