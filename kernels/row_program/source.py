@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastwm.kernels.row_program.stages import Place, Plan, Stage, Work
+from fastwm.kernels.row_program.stages import GATHERS, Place, Plan, Stage, Work
+from fastwm.row_program.kinds import dtype_name
 from fastwm.row_program.ops import BINARY, REDUCE, UNARY, UNARY_GRAD
 from fastwm.row_program.program import Instr, Val
 
@@ -105,10 +106,10 @@ def write(
         order: of the inputs.
         local: outputs that hold the rows from ``first`` on alone.
     """
-    writer = _Writer(program_plan, tile, reverse, set(time_major), dict(kinds), precision)
-    writer.number = {name: i for i, name in enumerate(order)}
-    writer.local = set(local)
-    return writer.run()
+    return _Writer(
+        program_plan, tile, reverse, set(time_major), dict(kinds), precision,
+        {name: i for i, name in enumerate(order)}, set(local),
+    ).run()  # fmt: skip
 
 
 def scratch_columns(program_plan: Plan) -> int:
@@ -134,6 +135,11 @@ class _Block:
         return "o_i[:, None]" if self.rank == 2 else "o_i[:, None, None]"
 
     @property
+    def along(self) -> str:
+        """What makes a vector over the last dim of the block."""
+        return "[None, :]" if self.rank == 2 else "[None, None, :]"
+
+    @property
     def rows(self) -> str:
         """Which of them there are."""
         return "m_r" if self.rank == 2 else "m_r[:, :, None]"
@@ -142,7 +148,7 @@ class _Block:
 class _Writer:
     def __init__(
         self, program_plan: Plan, tile: Tile, reverse: bool, time_major: set[Any], kinds: dict[Any, str],
-        precision: str,
+        precision: str, number: dict[Any, int], local: set[Any],
     ) -> None:  # fmt: skip
         self.plan = program_plan
         self.program = program_plan.program
@@ -151,11 +157,11 @@ class _Writer:
         self.time_major = time_major
         self.kinds = kinds
         self.precision = precision
-        self.dt = f"tl.{str(self.program.dtype).removeprefix('torch.')}"
+        self.number = number  # of each input
+        self.local = local
+        self.dt = f"tl.{dtype_name(self.program.dtype)}"
         self.lines: list[str] = []
         self.depth = 1
-        self.number: dict[Any, int] = {}
-        self.local: set[Any] = set()
         self.loads = 0
         self.maps: list[int] = []
         self.map_at: dict[tuple[int, ...], int] = {}
@@ -317,10 +323,11 @@ class _Writer:
         self.line(f"o_n = i_n + tl.arange(0, {BN})")
         self.line(f"m_n = (o_n < {n})[None, :]")
         self.line(f"acc = tl.zeros(({BM}, {BN}), {self.dt})")
-        members = types[w.index].shape[0] if instr.op == "member_linear" else 1
+        member = instr.op == "member_linear"
+        members = types[w.index].shape[0]
         block = _Block(2, "o_c", "m_n", f"({BM}, {BN})")
         weight = f"p_in{self.number[self.plan.place(w).name]}"
-        if instr.op == "member_linear":
+        if member:
             index = instr.args[3]
             assert isinstance(index, Val)
             self.line(f"chosen = {self._load(self.plan.place(index), block, 1)}")
@@ -333,17 +340,13 @@ class _Writer:
         self.depth += 1
         self.line(f"o_k = i_k + tl.arange(0, {BK})")
         self.line(f"m_k = o_k < {k}")
-        inner = _Block(2, "o_k[None, :]", "m_k[None, :]", f"({BM}, {BK})")
-        offset = f"{group} * {k} + " if each and stage.groups > 1 else ""
-        inner.columns = f"({offset}o_k[None, :])"
+        part = f"{group} * {k} + " if each and stage.groups > 1 else ""
+        inner = _Block(2, f"({part}o_k[None, :])", "m_k[None, :]", f"({BM}, {BK})")
         a = self._load_at(self.plan.place(x), inner, inner.columns, inner.mask)
         self.line(f"a = tl.broadcast_to({a}, {inner.shape})")
-        if members > 1:
+        if member:
             self.line("a = tl.where(mine, a, 0.0)")
-        which = {
-            "grouped_linear": f"{group} * {k * n} + ",
-            "member_linear": f"i_m * {k * n} + ",
-        }.get(instr.op, "")
+        which = f"{group} * {k * n} + " if own else f"i_m * {k * n} + " if member else ""
         at = (
             f"o_n[None, :] * {k} + o_k[:, None]"
             if instr.attrs["layout"] == "nk"
@@ -353,10 +356,10 @@ class _Writer:
         self.line(
             f"acc = tl.dot(a, w, acc, input_precision={self.precision!r}, out_dtype={self.dt})"
         )
-        self.depth -= 3 if instr.op == "member_linear" else 1
+        self.depth -= 3 if member else 1
         if isinstance(b, Val):
             p_b = f"p_in{self.number[self.plan.place(b).name]}"
-            if instr.op == "member_linear":
+            if member:
                 at = f"f.index(chosen, {members}) * {n} + o_n[None, :]"
                 self.line(f"acc += tl.load({p_b} + ({at}), mask=m_n, other=0.0)")
             else:
@@ -383,23 +386,19 @@ class _Writer:
             self._writes(work, self._operand(work.value, block, stage), block)
             return
         assert work.out is not None
-        width = self.program.types[work.out].width
-        inner = block
-        if (
-            stage.kind == "group"
-            and width == stage.groups != stage.columns
-            and work.instr.op not in REDUCE
-        ):
-            inner = self._narrow(block)
-        text = self._expression(work.instr, stage, inner)
+        own = self._of_width(self.program.types[work.out].width, stage, block)
+        # A reduction goes over the whole block, and leaves one element per group.
+        over = block if work.instr.op in REDUCE else own
+        text = self._expression(work.instr, stage, over)
         name = f"v{work.out}"
         self.line(f"{name} = {text}")
         block.made[work.out] = name
-        narrow = stage.kind == "group" and width == stage.groups != stage.columns
-        self._writes(work, name, self._narrow(block) if narrow else block)
+        self._writes(work, name, own)
 
-    def _narrow(self, block: _Block) -> _Block:
-        """The block of one element per group."""
+    def _of_width(self, width: int, stage: Stage, block: _Block) -> _Block:
+        """The block of a value: of a stage over groups, perhaps one element for each of them."""
+        if stage.kind != "group" or not width == stage.groups != stage.columns:
+            return block
         if block.rank == 2:
             return _Block(
                 2, _FIRST, "", f"{block.shape.partition(',')[0]}, 1)", 1, block.made, block.loaded
@@ -489,12 +488,11 @@ class _Writer:
         if root in block.made:
             return block.made[root]
         width = self.program.type(arg).width
-        narrow = stage.kind == "group" and width == stage.groups != stage.columns and width != 1
-        return self._load(self.plan.place(arg), self._narrow(block) if narrow else block, width)
+        return self._load(self.plan.place(arg), self._of_width(width, stage, block), width)
 
-    def _constant(self, value: float) -> str:
+    def _constant(self, value: float, shape: str = "(1, 1)") -> str:
         text = repr(value) if math.isfinite(value) else f"float('{value}')"
-        return f"tl.full((1, 1), {text}, {self.dt})"
+        return f"tl.full({shape}, {text}, {self.dt})"
 
     # -- ops
 
@@ -507,7 +505,7 @@ class _Writer:
 
     def _expression(self, instr: Instr, stage: Stage, block: _Block) -> str:
         op, attrs = instr.op, instr.attrs
-        if op in ("index", "index_add", "one_hot", "take", "put"):
+        if op in GATHERS:
             return getattr(self, f"_{op}")(instr, block)
         arguments = [self._operand(a, block, stage) if a is not None else "" for a in instr.args]
         if op in UNARY:
@@ -524,9 +522,7 @@ class _Writer:
             c, a, b = arguments
             return f"f.select({c}, {a}, {b})"
         if op == "fill":
-            value = float(attrs["value"])
-            text = repr(value) if math.isfinite(value) else f"float('{value}')"
-            return f"tl.full({block.shape}, {text}, {self.dt})"
+            return self._constant(float(attrs["value"]), block.shape)
         if op == "cast":
             return {
                 "int": f"f.trunc({arguments[0]})",
@@ -545,22 +541,18 @@ class _Writer:
         if op in ("max", "min"):
             return f"f.{'largest' if op == 'max' else 'smallest'}({x}, {there})"
         if op in ("argmax", "argmin"):
-            o_n = "o_n[None, :]" if block.rank == 2 else "o_n[None, None, :]"
-            return f"f.argmax({'-' if op == 'argmin' else ''}{x}, {block.mask}, {o_n}, {axis})"
+            sign = "-" if op == "argmin" else ""
+            return f"f.argmax({sign}{x}, {block.mask}, o_n{block.along}, {axis})"
         if op in ("logsumexp", "softmax", "log_softmax"):
             return f"f.{op}({x}, {there})"
         if op in ("softmax_grad", "log_softmax_grad"):
             return f"f.{op}({x}, {arguments[1]}, {there})"
-        spread = "[None, :]" if block.rank == 2 else "[None, None, :]"
-        vector = _Block(
-            block.rank, f"o_n{spread}", f"(o_n < {n}){spread}", block.shape, loaded=block.loaded
-        )
 
         def weight(position: int) -> str:
             val = instr.args[position]
             assert isinstance(val, Val)
-            place = self.plan.place(val)
-            return self._load_at(place, vector, vector.columns, vector.mask)
+            columns, mask = f"o_n{block.along}", f"(o_n < {n}){block.along}"
+            return self._load_at(self.plan.place(val), block, columns, mask)
 
         eps = self._constant(float(instr.attrs["eps"]))
         if op == "layer_norm":
@@ -613,27 +605,24 @@ class _Writer:
             self.depth -= 1
         return "total"
 
-    def _chosen(self, index: Val, block: _Block, group: str, count: int) -> str:
-        """Which entry of its group each column asks for."""
-        width = self.program.type(index).width
-        columns = _FIRST if width == 1 else group
-        text = self._load_at(
-            self.plan.place(index), block, columns, "" if width == 1 else block.mask
-        )
-        return f"f.index({text}, {count})"
+    def _index_of(self, index: Val, block: _Block, group: str) -> str:
+        """The index that each column's group has."""
+        place = self.plan.place(index)
+        if self.program.type(index).width == 1:
+            return self._load_at(place, block, _FIRST, "")
+        return self._load_at(place, block, group, block.mask)
 
     def _one_hot(self, instr: Instr, block: _Block) -> str:
         (index,) = instr.values()
-        n, width = instr.attrs["n"], self.program.type(index).width
-        columns = _FIRST if width == 1 else f"({block.columns} // {n})"
-        at = self._load_at(self.plan.place(index), block, columns, "" if width == 1 else block.mask)
+        n = instr.attrs["n"]
+        at = self._index_of(index, block, f"({block.columns} // {n})")
         return f"({at} == ({block.columns} % {n}).to({self.dt})).to({self.dt})"
 
     def _take(self, instr: Instr, block: _Block) -> str:
         x, index = instr.values()
         m, n = self.program.type(x).shape[-2:]
         group = f"({block.columns} // {n})"
-        at = self._chosen(index, block, group, m)
+        at = f"f.index({self._index_of(index, block, group)}, {m})"
         return self._gathered(x, block, f"(({group} * {m} + {at}) * {n} + {block.columns} % {n})")
 
     def _put(self, instr: Instr, block: _Block) -> str:
@@ -641,7 +630,7 @@ class _Writer:
         m = instr.attrs["m"]
         n = self.program.type(g).shape[-1]
         group = f"({block.columns} // {m * n})"
-        at = self._chosen(index, block, group, m)
+        at = f"f.index({self._index_of(index, block, group)}, {m})"
         here = f"(({block.columns} // {n}) % {m} == {at})"
         value = self._gathered(g, block, f"({group} * {n} + {block.columns} % {n})")
         return f"tl.where({here}, {value}, 0.0)"
