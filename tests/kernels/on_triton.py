@@ -20,12 +20,14 @@ from torchrl.envs.utils import set_exploration_type
 from torchrl.modules import TanhNormal
 
 import fastwm
+from fastwm.bench.providers.env_rollout import environment
+from fastwm.bench.suites import Parts
 from fastwm.kernels.row_program import Tile, TritonExecutor
 from fastwm.row_program import Program
 from fastwm.row_program.gradient import differentiate
 from fastwm.row_program.reference import interpret
 from tests.row_program.backward_inputs import gather
-from tests.row_program.executing import Ran, assert_ran, given_as
+from tests.row_program.executing import Ran, assert_ran, run_on
 
 SMALL = Tile(rows=16, columns=32, depth=16)
 BOTH = (torch.float32, torch.float64)
@@ -48,24 +50,12 @@ def execute(
     In the interpreter it is also watched for accesses that no barrier parts.
     """
     executor = TritonExecutor(program, device, time_major=time_major, kinds=kinds, tile=tile)
-    given = {n: t.to(device) for n, t in given_as(program, inputs).items()}
-    for name in time_major:
-        given[name] = given[name].transpose(0, 1).contiguous()
-    outputs = executor.empty(rows, steps)
-    for t in outputs:
-        t.fill_(torch.nan if t.is_floating_point() else True if t.dtype is torch.bool else -77)
     with races_found() if device == "cpu" else nullcontext([]) as races:
-        outputs, failed = executor.run(
-            [given[n] for n in executor.inputs], rows, steps, reverse=reverse, outputs=outputs
+        ran = run_on(
+            executor, inputs, rows, steps, reverse=reverse, time_major=time_major, device=device
         )
     assert not races, f"{races[:5]}\n{executor.source(rows, reverse=reverse).text}"
-    found = iter([t.cpu() for t in outputs])
-    return Ran(
-        {n: next(found) for n in program.outputs},
-        {n: next(found) for n in program.finals},
-        {n: next(found) for n in program.sums},
-        failed,
-    )
+    return ran
 
 
 def check(
@@ -127,13 +117,12 @@ def assert_rollouts_are_eager_ones(
         TensorDictModule(NormalParamExtractor(), ["params"], ["loc", "scale"]),
         ProbabilisticTensorDictModule(["loc", "scale"], ["action"], distribution_class=TanhNormal),
     )
-    world_model = fastwm.WorldModel(
-        TensorDictModule(torch.nn.Identity(), ["observation"], ["latent"]),
-        TensorDictModule(Step(), ["latent", "action"], [("next", "latent")]),
-        TensorDictModule(torch.nn.Linear(6, 1), [("next", "latent")], [("next", "reward")]),
+    reward = TensorDictModule(torch.nn.Linear(6, 1), [("next", "latent")], [("next", "reward")])
+    dynamics = TensorDictModule(Step(), ["latent", "action"], [("next", "latent")])
+    parts = Parts(*(module.to(device) for module in (dynamics, reward, policy)))
+    env = environment(
+        parts, {"latent": 6}, 2, rows, device, fastwm.WorldModel, fastwm.WorldModelEnv
     )
-    policy, world_model = policy.to(device), world_model.to(device)
-    env = environment_of(world_model, rows, device)
     start = TensorDict({"latent": torch.randn(rows, 6, device=device, requires_grad=grad)}, [rows])
     found = {}
     for backend in ("eager", "fused"):
@@ -142,7 +131,7 @@ def assert_rollouts_are_eager_ones(
             out = env.rollout(4, policy, tensordict=start)
         results = {str(k): v for k, v in out.items(True, True)}
         if grad:
-            leaves = [start["latent"], *policy.parameters(), *world_model.parameters()]
+            leaves = [start["latent"], *env.world_model.parameters(), *policy.parameters()]
             loss = out["next", "reward"].square().sum() + out["latent"].sum()
             grads = torch.autograd.grad(loss, leaves, allow_unused=True)
             results |= {f"grad {i}": g for i, g in enumerate(grads) if g is not None}
@@ -152,13 +141,6 @@ def assert_rollouts_are_eager_ones(
         torch.testing.assert_close(
             found["fused"][name], value, rtol=tolerance, atol=tolerance, msg=name
         )
-
-
-def environment_of(world_model: fastwm.WorldModel, rows: int, device: str) -> fastwm.WorldModelEnv:
-    from fastwm.bench.providers.env_rollout import _Specs
-
-    base = _Specs(rows, {"latent": 6}, 2, device)
-    return fastwm.WorldModelEnv(world_model, base, observation_spec=base.observation_spec.clone())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from fastwm.row_program import Program
 from fastwm.row_program.executor import Executor
 from fastwm.row_program.kinds import dtype_of
 from fastwm.row_program.reference import Result, interpret
+from fastwm.row_program.row_executor import RowExecutor
 
 #: Instruction sets that this machine has: 0 portable, 1 AVX2, 2 AVX-512.
 ISAS = range(1 + ("portable", "avx2", "avx512").index(cpu_isa() or "portable"))
@@ -55,17 +56,32 @@ def execute(
 ) -> Ran:
     """Run a program in C++, its results into buffers full of NaN."""
     executor = executor or Executor(program, isa=isa, time_major=time_major, kinds=kinds, bf16=bf16)
-    given = given_as(program, inputs)
+    spoil_scratch()
+    return run_on(executor, inputs, rows, steps, reverse=reverse, time_major=time_major)
+
+
+def run_on(
+    executor: RowExecutor,
+    inputs: Mapping[Any, torch.Tensor],
+    rows: int,
+    steps: int,
+    *,
+    reverse: bool = False,
+    time_major: Collection[Any] = (),
+    device: str = "cpu",
+) -> Ran:
+    """Run an executor's program, its results into buffers full of NaN; they come back to the CPU."""
+    program = executor.program
+    given = {n: t.to(device) for n, t in given_as(program, inputs).items()}
     for name in time_major:
         given[name] = given[name].transpose(0, 1).contiguous()
-    spoil_scratch()
     outputs = executor.empty(rows, steps)
     for t in outputs:
         t.fill_(torch.nan if t.is_floating_point() else True if t.dtype is torch.bool else -77)
     outputs, failed = executor.run(
         [given[n] for n in executor.inputs], rows, steps, reverse=reverse, outputs=outputs
     )
-    found = iter(outputs)
+    found = iter([t.cpu() for t in outputs])
     return Ran(
         {n: next(found) for n in program.outputs},
         {n: next(found) for n in program.finals},
