@@ -9,9 +9,10 @@ file is one line in ``MODULES``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-__all__ = ["MODULES", "Build"]
+__all__ = ["MODULES", "Build", "signature"]
 
 MODULES = (
     "balanced_kl",
@@ -36,3 +37,16 @@ class Build(NamedTuple):
     constexprs: dict[str, Any]
     options: dict[str, Any]
     spills: int = 0
+
+
+def signature(
+    kernel: Any, constexprs: Collection[str], pointer: str, number: Callable[[str], str]
+) -> dict[str, str]:
+    """The types of a kernel's arguments: of pointers, which are named ``p_...``, and of numbers by name."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            types[name] = "constexpr"
+        else:
+            types[name] = f"*{pointer}" if name.startswith("p_") else number(name)
+    return types

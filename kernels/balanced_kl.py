@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwm.kernels import Build
+from fastwm.kernels import Build, signature
 from fastwm.kernels.elementary import two_floats
 
 __all__ = [
@@ -250,12 +250,8 @@ def builds() -> Iterator[Build]:
             ("fp64", True, MOST_CLASSES),
         ):
             constexprs: dict[str, Any] = {"MIXED": mixed, "FREE": True, **_tile(n_classes)}
-            signature = {
-                name: "constexpr" if name in constexprs
-                else f"*{dtype}" if name.startswith("p_")
-                else "i32" if name.startswith("n_")
-                else "fp32"
-                for name in kernel.arg_names
-            }  # fmt: skip
+            types = signature(
+                kernel, constexprs, dtype, lambda n: "i32" if n.startswith("n_") else "fp32"
+            )
             variant = f"{dtype}-{'mixed' if mixed else 'plain'}-{n_classes}"
-            yield Build(variant, kernel, signature, constexprs, LAUNCH)
+            yield Build(variant, kernel, types, constexprs, LAUNCH)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwm.kernels import Build
+from fastwm.kernels import Build, signature
 from fastwm.kernels.elementary import log1p, sigmoid
 
 __all__ = ["backward", "builds", "forward", "gaussian_nll_bwd_kernel", "gaussian_nll_fwd_kernel"]
@@ -163,10 +163,5 @@ def builds() -> Iterator[Build]:
             for n_features in (16, MOST_FEATURES):
                 constexprs: dict[str, Any] = {"ROWS": ROWS, **_tile(n_features)}
                 constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
-                signature = {
-                    name: "constexpr" if name in constexprs
-                    else f"*{dtype}" if name.startswith("p_")
-                    else "i32"
-                    for name in kernel.arg_names
-                }  # fmt: skip
-                yield Build(f"{dtype}-{n_features}", kernel, signature, constexprs, LAUNCH)
+                types = signature(kernel, constexprs, dtype, lambda n: "i32")
+                yield Build(f"{dtype}-{n_features}", kernel, types, constexprs, LAUNCH)

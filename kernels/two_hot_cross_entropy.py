@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwm.kernels import Build
+from fastwm.kernels import Build, signature
 from fastwm.kernels.elementary import log1p
 
 __all__ = [
@@ -151,11 +151,6 @@ def builds() -> Iterator[Build]:
             ("fp64", True, MOST_BINS),
         ):
             constexprs = {"SYMLOG": symlog, "BLOCK": block}
-            signature = {
-                name: "constexpr" if name in constexprs
-                else f"*{dtype}" if name.startswith("p_")
-                else "i32"
-                for name in kernel.arg_names
-            }  # fmt: skip
+            types = signature(kernel, constexprs, dtype, lambda n: "i32")
             variant = f"{dtype}-{'log' if symlog else 'raw'}-{block}"
-            yield Build(variant, kernel, signature, constexprs, _options(block))
+            yield Build(variant, kernel, types, constexprs, _options(block))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fastwm.tolerances import tolerance
+from tests.compare import assert_close
+from tests.row_program.executing import threads
 
 __all__ = ["assert_gradients_near", "assert_loss_near", "at_one_and_two_threads", "gradients"]
 
@@ -32,24 +34,11 @@ def assert_gradients_near(actual: Sequence[Tensor], expected: Sequence[Tensor]) 
     """Relative to the largest of a gradient: its parts are differences that nearly cancel."""
     assert len(actual) == len(expected)
     for i, (got, want) in enumerate(zip(actual, expected, strict=True)):
-        bound = tolerance("loss.gradient", want.dtype)
-        largest = want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0
-        torch.testing.assert_close(
-            got,
-            want,
-            rtol=bound.rtol,
-            atol=max(bound.atol, bound.rtol * largest),
-            equal_nan=True,
-            msg=lambda m, i=i: f"gradient {i}: {m}",
-        )
+        assert_close(got, want, "loss.gradient", f"gradient {i}")
 
 
 def at_one_and_two_threads(function: Callable[[], Any]) -> tuple[Any, Any]:
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         one = function()
-        torch.set_num_threads(2)
+    with threads(2):
         return one, function()
-    finally:
-        torch.set_num_threads(threads)

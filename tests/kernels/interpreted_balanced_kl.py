@@ -12,16 +12,6 @@ from fastwm.ops.balanced_kl import _backward, _loss
 from tests.losses import assert_gradients_near, assert_loss_near
 
 
-@pytest.fixture
-def kernels() -> Any:
-    triton = pytest.importorskip("triton")
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("TRITON_INTERPRET is not set; test_interpreter.py sets it")
-    from fastwm.kernels import balanced_kl
-
-    return balanced_kl
-
-
 def assert_equal_the_reference(
     kernels: Any, posterior: Tensor, prior: Tensor, *scalars: float
 ) -> None:

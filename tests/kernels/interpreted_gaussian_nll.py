@@ -12,16 +12,6 @@ from fastwm.ops.gaussian_nll import _backward, _loss
 from tests.losses import assert_gradients_near, assert_loss_near
 
 
-@pytest.fixture
-def kernels() -> Any:
-    triton = pytest.importorskip("triton")
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("TRITON_INTERPRET is not set; test_interpreter.py sets it")
-    from fastwm.kernels import gaussian_nll
-
-    return gaussian_nll
-
-
 def assert_equal_the_reference(kernels: Any, *inputs: Tensor) -> None:
     assert_loss_near(kernels.forward(*inputs), _loss(*inputs))
     grad = torch.randn(inputs[0].shape[:-1], dtype=inputs[0].dtype)

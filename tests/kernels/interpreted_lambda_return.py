@@ -14,16 +14,6 @@ from fastwm.tolerances import tolerance
 GAMMA, LMBDA = 0.99, 0.95
 
 
-@pytest.fixture
-def kernels() -> Any:
-    triton = pytest.importorskip("triton")
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("TRITON_INTERPRET is not set; test_interpreter.py sets it")
-    from fastwm.kernels import lambda_return
-
-    return lambda_return
-
-
 def trajectory(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     done = torch.rand(shape) < 0.2
     terminated = done & (torch.rand(shape) < 0.5)

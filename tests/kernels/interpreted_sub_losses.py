@@ -12,16 +12,6 @@ from fastwm.ops.sub_losses import DISTANCES, _backward, _losses
 from tests.losses import assert_gradients_near, assert_loss_near
 
 
-@pytest.fixture
-def kernels() -> Any:
-    triton = pytest.importorskip("triton")
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("TRITON_INTERPRET is not set; test_interpreter.py sets it")
-    from fastwm.kernels import sub_losses
-
-    return sub_losses
-
-
 def make(shapes: list[tuple[int, ...]], dtype: torch.dtype, shift: int) -> tuple[list[Any], ...]:
     """Pairs with the distances from ``shift`` on; flags for what is a cross-entropy."""
     predictions, targets, codes = [], [], []

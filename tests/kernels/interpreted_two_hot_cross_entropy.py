@@ -11,16 +11,6 @@ from fastwm.ops.two_hot_cross_entropy import _backward, _loss
 from fastwm.tolerances import tolerance
 
 
-@pytest.fixture
-def kernels() -> Any:
-    triton = pytest.importorskip("triton")
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("TRITON_INTERPRET is not set; test_interpreter.py sets it")
-    from fastwm.kernels import two_hot_cross_entropy
-
-    return two_hot_cross_entropy
-
-
 @pytest.mark.parametrize("symlog", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(1, 2), (3, 17), (129, 3), (2, 3, 255), (17,), (0, 5)])
