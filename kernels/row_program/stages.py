@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastwm.row_program.ops import BINARY, PRODUCTS, REDUCE, UNARY, UNARY_GRAD
+from fastwm.row_program.ops import PRODUCTS, REDUCE
 from fastwm.row_program.program import Instr, Program, ProgramError, Val
 from fastwm.row_program.room import Room
 from fastwm.row_program.sections import one_section
@@ -24,7 +24,6 @@ GROUPED = {
 }  # fmt: skip
 #: Their operands are read from memory, each element from a place of its own.
 GATHERS = {"index", "index_add", "one_hot", "take", "put"}
-_ELEMENTWISE = {*UNARY, *UNARY_GRAD, *BINARY, "where", "cast", "fill"}
 _ALIGNED = 4  # floats: 16 bytes
 
 
