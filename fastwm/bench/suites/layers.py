@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,29 +10,12 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor, TanhNormal
 
+from fastwm.models.layers import GaussianHead
+
 __all__ = [
-    "GaussianActor", "OfAll", "TwoHot", "jax_gru", "jax_mlp", "jax_norm", "jax_softplus_actor",
-    "jax_two_hot", "mlp", "softplus_scale", "tanh_normal", "tanh_normal_policy",
+    "jax_gru", "jax_mlp", "jax_norm", "jax_softplus_actor",
+    "jax_two_hot", "softplus_scale", "tanh_normal", "tanh_normal_policy",
 ]  # fmt: skip
-
-
-def mlp(
-    sizes: Sequence[int], activation: type[nn.Module], *, norm: bool = False, last: float = 1.0
-) -> nn.Sequential:
-    """Linear layers; all but the last are followed by a LayerNorm, if ``norm``, and activated.
-
-    ``last`` scales the last layer at the start: heads that begin near zero, as TD-MPC2's and
-    DreamerV3's do.
-    """
-    layers: list[nn.Module] = []
-    for i, (inputs, outputs) in enumerate(pairwise(sizes)):
-        layers.append(nn.Linear(inputs, outputs))
-        if i < len(sizes) - 2:
-            layers += [nn.LayerNorm(outputs), activation()] if norm else [activation()]
-    with torch.no_grad():
-        for parameter in layers[-1].parameters():
-            parameter.mul_(last)
-    return nn.Sequential(*layers)
 
 
 def jax_mlp(
@@ -79,47 +61,12 @@ def jax_gru(weights: Mapping[str, Any], prefix: str, x: Any, hidden: Any) -> Any
     return new + update * (hidden - new)
 
 
-class OfAll(nn.Module):
-    """A network on concatenated inputs.
-
-    Args:
-        last: applied to what the network says.
-    """
-
-    def __init__(self, net: nn.Module, last: nn.Module | None = None) -> None:
-        super().__init__()
-        self.net, self.last = net, last
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        x = self.net(torch.cat(inputs, -1))
-        return x if self.last is None else self.last(x)
-
-
-class GaussianActor(nn.Module):
-    """Concatenated inputs to the loc and scale of a distribution over actions.
-
-    Args:
-        net: its last width is twice the action's.
-        scale: from what the net says to a positive number.
-    """
-
-    def __init__(self, net: nn.Module, scale: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.net = net
-        self.scale = scale
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
-        loc, scale = self.net(x).chunk(2, -1)
-        return loc, self.scale(scale)
-
-
 def tanh_normal(loc: Tensor, scale: Tensor) -> Tensor:
     """What `TanhNormal` draws, without the clamp that it has beyond 7 standard units."""
     return torch.tanh(loc + scale * torch.randn_like(loc))
 
 
-def tanh_normal_policy(actor: GaussianActor, keys: Sequence[str]) -> TensorDictModuleBase:
+def tanh_normal_policy(actor: GaussianHead, keys: Sequence[str]) -> TensorDictModuleBase:
     """The usual sampling actor of torchrl; a rollout then also holds loc and scale."""
     return ProbabilisticActor(
         TensorDictModule(actor, in_keys=list(keys), out_keys=["loc", "scale"]),
@@ -136,7 +83,7 @@ def softplus_scale(raw: Tensor) -> Tensor:
 
 
 def jax_softplus_actor(raw: Any, noise: Any) -> Any:
-    """The action out of what the net of a `GaussianActor` with `softplus_scale` says."""
+    """The action out of what the net of a `GaussianHead` with `softplus_scale` says."""
     import jax
     import jax.numpy as jnp
 
@@ -145,20 +92,6 @@ def jax_softplus_actor(raw: Any, noise: Any) -> Any:
 
 
 BINS, LOW, HIGH = 101, -10.0, 10.0
-
-
-class TwoHot(nn.Module):
-    """Logits over bins of symlog values to a value."""
-
-    bins: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("bins", torch.linspace(LOW, HIGH, BINS))
-
-    def forward(self, logits: Tensor) -> Tensor:
-        x = (logits.softmax(-1) * self.bins).sum(-1, keepdim=True)
-        return torch.sign(x) * (torch.exp(torch.abs(x)) - 1)
 
 
 def jax_two_hot(logits: Any) -> Any:

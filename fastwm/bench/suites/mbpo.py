@@ -25,13 +25,8 @@ from fastwm.bench.suites.base import (
     linear_macs,
     normal_start,
 )
-from fastwm.bench.suites.layers import (
-    GaussianActor,
-    jax_mlp,
-    mlp,
-    tanh_normal,
-    tanh_normal_policy,
-)
+from fastwm.bench.suites.layers import jax_mlp, tanh_normal, tanh_normal_policy
+from fastwm.models.layers import GaussianHead, mlp
 
 __all__ = ["EnsembleWorldModel", "suite"]
 
@@ -89,7 +84,7 @@ class EnsembleWorldModel(Model):
 
     def __init__(self) -> None:
         super().__init__()
-        self.policy = GaussianActor(mlp((OBS, 256, 256, 2 * ACTION), nn.SiLU), _scale)
+        self.policy = GaussianHead(mlp((OBS, 256, 256, 2 * ACTION), nn.SiLU), _scale)
         self.dynamics = _Ensemble()
 
     def step(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

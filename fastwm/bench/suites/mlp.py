@@ -9,7 +9,8 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from fastwm.bench.suites.base import Model, Parts, Suite, linear_macs, normal_start
-from fastwm.bench.suites.layers import OfAll, jax_mlp, mlp
+from fastwm.bench.suites.layers import jax_mlp
+from fastwm.models.layers import Concat, mlp
 
 __all__ = ["MLPWorldModel", "suite"]
 
@@ -30,7 +31,7 @@ class MLPWorldModel(Model):
     def __init__(self, latent: int = LATENT, hidden: int = HIDDEN, action: int = ACTION) -> None:
         super().__init__()
         self.policy = mlp((latent, hidden, hidden, action), nn.SiLU)
-        self.dynamics = OfAll(mlp((latent + action, hidden, hidden, latent), nn.SiLU))
+        self.dynamics = Concat(mlp((latent + action, hidden, hidden, latent), nn.SiLU))
         self.reward = mlp((latent, hidden, hidden, 1), nn.SiLU)
 
     def step(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,16 +19,14 @@ from fastwm.bench.suites.base import (
     normal_start,
 )
 from fastwm.bench.suites.layers import (
-    GaussianActor,
-    OfAll,
     jax_gru,
     jax_mlp,
     jax_softplus_actor,
-    mlp,
     softplus_scale,
     tanh_normal,
     tanh_normal_policy,
 )
+from fastwm.models.layers import Concat, GaussianHead, mlp
 
 __all__ = ["BeliefAndState", "RSSMWorldModel", "suite"]
 
@@ -53,9 +51,9 @@ class _Prior(nn.Module):
 class BeliefAndState(Model):
     """A step of actor, prior and reward head on belief and state."""
 
-    policy: GaussianActor
+    policy: GaussianHead
     dynamics: nn.Module
-    reward: OfAll
+    reward: Concat
 
     def step(self, belief: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         action = tanh_normal(*self.policy(belief, state))
@@ -78,9 +76,9 @@ class RSSMWorldModel(BeliefAndState):
     def __init__(self) -> None:
         super().__init__()
         wide = (BELIEF + STATE, HIDDEN, HIDDEN)
-        self.policy = GaussianActor(mlp((*wide, 2 * ACTION), nn.ELU), softplus_scale)
+        self.policy = GaussianHead(mlp((*wide, 2 * ACTION), nn.ELU), softplus_scale)
         self.dynamics = _Prior()
-        self.reward = OfAll(mlp((*wide, 1), nn.ELU))
+        self.reward = Concat(mlp((*wide, 1), nn.ELU))
 
 
 def _draws(batch: int) -> tuple[Tensor, ...]:

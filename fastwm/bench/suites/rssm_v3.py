@@ -21,19 +21,16 @@ from torch.nn import functional
 from fastwm.bench.suites.base import Model, Suite, activations_of, linear_macs
 from fastwm.bench.suites.layers import (
     BINS,
-    GaussianActor,
-    OfAll,
-    TwoHot,
     jax_gru,
     jax_mlp,
     jax_norm,
     jax_softplus_actor,
     jax_two_hot,
-    mlp,
     softplus_scale,
 )
 from fastwm.bench.suites.noise import reseed
 from fastwm.bench.suites.rssm import BeliefAndState
+from fastwm.models.layers import Concat, GaussianHead, TwoHot, mlp
 
 __all__ = ["RSSMv3WorldModel", "suite"]
 
@@ -53,7 +50,7 @@ class _Prior(nn.Module):
             nn.Linear(STATE + ACTION, HIDDEN), nn.LayerNorm(HIDDEN), nn.SiLU()
         )
         self.rnn = nn.GRUCell(HIDDEN, BELIEF)
-        self.to_state = mlp((BELIEF, HIDDEN, STATE), nn.SiLU, norm=True)
+        self.to_state = mlp((BELIEF, HIDDEN, STATE), nn.SiLU, norm=nn.LayerNorm)
 
     def advance(self, belief: Tensor, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Next belief, and the probabilities of the next state, ``[B, 32, 32]``."""
@@ -76,10 +73,10 @@ class RSSMv3WorldModel(BeliefAndState):
     def __init__(self) -> None:
         super().__init__()
         wide = (BELIEF + STATE, HIDDEN, HIDDEN)
-        net = mlp((*wide, 2 * ACTION), nn.SiLU, norm=True, last=0.1)
-        self.policy = GaussianActor(net, softplus_scale)
+        net = mlp((*wide, 2 * ACTION), nn.SiLU, norm=nn.LayerNorm, last=0.1)
+        self.policy = GaussianHead(net, softplus_scale)
         self.dynamics = _Prior()
-        self.reward = OfAll(mlp((*wide, BINS), nn.SiLU, norm=True, last=0.1), TwoHot())
+        self.reward = Concat(mlp((*wide, BINS), nn.SiLU, norm=nn.LayerNorm, last=0.1), TwoHot())
 
 
 def _draws(batch: int) -> tuple[Tensor, ...]:

@@ -10,19 +10,13 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from fastwm.bench.suites.base import Model, Parts, Suite, activations_of, linear_macs
-from fastwm.bench.suites.layers import BINS, OfAll, TwoHot, jax_mlp, jax_two_hot, mlp
+from fastwm.bench.suites.layers import BINS, jax_mlp, jax_two_hot
+from fastwm.models.layers import Concat, SimNorm, TwoHot, mlp
 
 __all__ = ["TDMPC2WorldModel", "suite"]
 
 LATENT, HIDDEN, ACTION, GROUP = 512, 512, 6, 8
 LOG_STD_LOW, LOG_STD_HIGH = -10.0, 2.0
-
-
-class _SimNorm(nn.Module):
-    """Softmax within groups of eight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, GROUP)).softmax(-1).flatten(-2)
 
 
 class _Prior(nn.Module):
@@ -45,11 +39,11 @@ class TDMPC2WorldModel(Model):
         super().__init__()
 
         def net(inputs: int, outputs: int, last: float = 1.0) -> nn.Sequential:
-            return mlp((inputs, HIDDEN, HIDDEN, outputs), nn.Mish, norm=True, last=last)
+            return mlp((inputs, HIDDEN, HIDDEN, outputs), nn.Mish, norm=nn.LayerNorm, last=last)
 
         self.policy = _Prior(net(LATENT, 2 * ACTION, 0.1))
-        self.dynamics = OfAll(net(LATENT + ACTION, LATENT), _SimNorm())
-        self.reward = OfAll(net(LATENT + ACTION, BINS, 0.1), TwoHot())
+        self.dynamics = Concat(net(LATENT + ACTION, LATENT), SimNorm(GROUP))
+        self.reward = Concat(net(LATENT + ACTION, BINS, 0.1), TwoHot())
 
     def step(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         action = self.policy(latent)
@@ -96,7 +90,7 @@ def _jax_step(
 
 
 def _start(model: Model, batch: int, horizon: int, generator: torch.Generator) -> dict[str, Tensor]:
-    return {"latent": _SimNorm()(torch.randn((batch, LATENT), generator=generator))}
+    return {"latent": SimNorm(GROUP)(torch.randn((batch, LATENT), generator=generator))}
 
 
 def suite() -> Suite:
