@@ -30,13 +30,8 @@ def mlp(
     Example:
         >>> from torch import nn
         >>> from fastwm.models.layers import mlp
-        >>> mlp((3, 8, 2), nn.SiLU, norm=nn.LayerNorm)
-        Sequential(
-          (0): Linear(in_features=3, out_features=8, bias=True)
-          (1): LayerNorm((8,), eps=1e-05, elementwise_affine=True)
-          (2): SiLU()
-          (3): Linear(in_features=8, out_features=2, bias=True)
-        )
+        >>> [type(layer).__name__ for layer in mlp((3, 8, 2), nn.SiLU, norm=nn.LayerNorm)]
+        ['Linear', 'LayerNorm', 'SiLU', 'Linear']
     """
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(pairwise(sizes)):
