@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from fastwm.assemble import leaves
 from fastwm.backends import backend
 from fastwm.rollout import _RandomState
-from fastwm.tolerances import tolerance
+from fastwm.tolerances import rollout_tolerance
 
 if TYPE_CHECKING:
     from fastwm.env import WorldModelEnv
@@ -102,7 +102,8 @@ def check_parity(
 
     Compared: keys and their order, shapes, dtypes, values of every entry and, where something requires
     them, the gradients of every parameter and of the start with respect to a random weighting of all
-    floating-point results.
+    floating-point results. Bounds are those of :func:`fastwm.tolerances.rollout_tolerance`: of float32, or
+    on CUDA of tensor-float32 where torch is set to it.
 
     Args:
         env: the imagined env.
@@ -225,8 +226,7 @@ def _compare_one(name: str, want: torch.Tensor | None, got: torch.Tensor | None)
         return Comparison(name, 0.0, 0.0)
     if not want.is_floating_point():
         return Comparison(name, (got != want).double().mean().item(), 0.0)
-    kind = "rollout.gradient" if name.startswith("grad of ") else "rollout"
-    allowed = tolerance(kind, want.dtype)
+    allowed = rollout_tolerance(want.dtype, want.device, gradient=name.startswith("grad of "))
     bound = allowed.rtol
     nan = want.isnan()
     if not torch.equal(nan, got.isnan()):

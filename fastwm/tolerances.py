@@ -9,6 +9,8 @@ Example:
     >>> from fastwm.tolerances import tolerance
     >>> tolerance("rollout", torch.float32).rtol
     1e-05
+
+A rollout's own line depends on how its products are taken: :func:`rollout_tolerance` finds it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["TOLERANCES", "Tolerance", "tolerance"]
+from fastwm.row_program.kinds import matmul_precision
+
+__all__ = ["TOLERANCES", "Tolerance", "rollout_tolerance", "tolerance"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Tolerance:
 
 
 # Unit roundoff: 2**-24 = 6.0e-8 (float32), 2**-53 = 1.1e-16 (float64), 2**-11 = 4.9e-4 (float16),
-# 2**-8 = 3.9e-3 (bfloat16).
+# 2**-8 = 3.9e-3 (bfloat16). Tensor-float32 keeps float32's sums, and of each factor of a product 10 bits
+# after the leading one: off by 2**-11 where they are rounded, by up to 2**-10 where 13 bits are dropped.
 TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     # A whole imagined rollout, engine against eager, and its gradients.
     ("rollout", torch.float32): Tolerance(
@@ -60,6 +65,21 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ),
     ("rollout.gradient", torch.float16): Tolerance(
         1e-2, 1e-2, "twice the roundings of the rollout: forward, then backward"
+    ),
+    # float32 on CUDA where torch takes products in tensor-float32, in eager as in every engine. What
+    # reads a factor may round it or drop its last bits, each library as it likes.
+    ("rollout.tf32", torch.float32): Tolerance(
+        6e-3,
+        2e-3,
+        "dropped bits shrink a factor by 2**-11 of it on average, a product of two by 2**-10; six products "
+        "deep a step, three of a policy and three of a model; what is random averages out in their sums; "
+        "atol as large a part of tensors whose largest is a third",
+    ),
+    ("rollout.gradient.tf32", torch.float32): Tolerance(
+        1.8e-2,
+        3e-3,
+        "three times the products of the rollout: forward, and two for each backward; atol as large a part "
+        "of tensors whose largest is a sixth",
     ),
     # ``fused_weights=torch.bfloat16``: matrices rounded, products and sums in float32.
     ("rollout.bf16_weights", torch.float32): Tolerance(
@@ -147,3 +167,32 @@ def tolerance(what: str, dtype: torch.dtype) -> Tolerance:
         return TOLERANCES[what, dtype]
     except KeyError:
         raise KeyError(f"fastwm/tolerances.py has no line for {what!r} at {dtype}.") from None
+
+
+def rollout_tolerance(
+    dtype: torch.dtype, device: torch.device | str, *, gradient: bool = False
+) -> Tolerance:
+    """The bound for a rollout's results, or for its gradients, as things are set now.
+
+    float32 on CUDA is held to tensor-float32's line where torch is allowed to multiply in it
+    (``torch.set_float32_matmul_precision("high")``), and to float32's own under ``"highest"``.
+
+    Args:
+        dtype: of the result.
+        device: that it was computed on.
+        gradient: it is a gradient.
+
+    Raises:
+        KeyError: as :func:`tolerance`.
+
+    Example:
+        >>> import torch
+        >>> from fastwm.tolerances import rollout_tolerance
+        >>> rollout_tolerance(torch.float32, "cpu").rtol
+        1e-05
+    """
+    what = "rollout.gradient" if gradient else "rollout"
+    on_cuda = torch.device(device).type == "cuda"
+    if on_cuda and dtype is torch.float32 and matmul_precision() == "tf32":
+        what += ".tf32"
+    return tolerance(what, dtype)

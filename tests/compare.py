@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 import fastwm
-from fastwm.tolerances import tolerance
+from fastwm.tolerances import rollout_tolerance, tolerance
 
 __all__ = ["assert_parity", "assert_same", "run", "why_eager", "why_not_fused"]
 
@@ -58,7 +58,10 @@ def assert_close(got: Tensor, want: Tensor, what: str, name: str) -> None:
     if not want.is_floating_point():
         assert torch.equal(got, want), name
         return
-    bound = tolerance(what, want.dtype)
+    if what in ("rollout", "rollout.gradient"):
+        bound = rollout_tolerance(want.dtype, want.device, gradient=what.endswith("gradient"))
+    else:
+        bound = tolerance(what, want.dtype)
     largest = want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0
     torch.testing.assert_close(
         got,

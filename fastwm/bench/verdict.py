@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastwm.tolerances import tolerance
+from fastwm.tolerances import rollout_tolerance
 
 __all__ = ["Verdict", "compare"]
 
@@ -66,8 +66,9 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Verdict:
             fault = fault or wrong
             continue
         assert value is not None
-        kind = "rollout.gradient" if key.startswith("grad/") else "rollout"
-        bound = tolerance(kind, reference.dtype)
+        bound = rollout_tolerance(
+            reference.dtype, reference.device, gradient=key.startswith("grad/")
+        )
         with torch.no_grad():
             error = (value - reference).abs()
             allowed = bound.atol + bound.rtol * reference.abs()
