@@ -2,72 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import composite_lp_aggregate
-from tensordict.nn.probabilistic import interaction_type
-from tensordict.nn.utils import skip_existing
 
+from fastwm import plan_cache
 from fastwm.assemble import leaves
 from fastwm.engines.captured import CapturedLoop, ChecksFailed
 from fastwm.engines.choice import UNMEASURED
 from fastwm.engines.codegen import step_varying
 from fastwm.engines.cuda_graph import GraphedLoop, graphed_loop
 from fastwm.engines.fused import FusedLoop, NotFusible
+from fastwm.guarded_trace import Guard, own_saved_tensors, state_holds
 from fastwm.nvtx import annotate
+from fastwm.process_modes import process_modes
 from fastwm.request import Feed, NotCapturable, Request, same_function
 from fastwm.row_program.kinds import matmul_precision
-from fastwm.traced_step import BadCall, Results, StateChanges, TracedStep, trace_step, watch_step
+from fastwm.traced_step import Results, TracedStep, trace_step, watch_step
 from fastwm.tracing import preserved_random_state
 from fastwm.watch import Watch
 
 if TYPE_CHECKING:
-    from fastwm.env import WorldModelEnv
+    from fastwm.fast_env import FastEnv
 
-__all__ = ["Plan", "PlanCache", "Refusal", "cache_of", "fuse_now", "plan_for", "recall", "remember",
+__all__ = ["Plan", "RolloutCache", "cache_of", "fuse_now", "plan_for", "recall", "remember",
            "zero_done"]  # fmt: skip
 
-_KEYS = 64  # kinds of call remembered per env
-_VARIANTS = 8  # states of the modules (train, eval, ...) remembered per kind of call
-_PATIENCE = 16  # plans made in a row without one being used again, before auto stops making them
-_RETRY = 256  # calls after which a step that changes Python state is asked again
 _RECENT = 8  # calls remembered to the letter
 
 
 class CompileFailed(Exception):
     """``torch.compile`` does not take the step; the loop runs without it."""
-
-
-@dataclass
-class Refusal:
-    """Why a kind of call is left to the eager path, for as long as nothing changes.
-
-    Attributes:
-        watch: what the verdict rests on; None where that changes all the time.
-        policy: the policy it was reached for.
-        reason: what ruled the trace out.
-        tries: without a watch, how many more calls until the step is asked again.
-    """
-
-    watch: Watch | None
-    policy: Any
-    reason: str
-    tries: int = _RETRY
-
-    def holds(self, request: Request) -> tuple[bool, str | None]:
-        """Whether nothing it rests on has changed; else what did."""
-        if self.watch is not None:
-            return _unchanged(self.watch, self.policy, request)
-        self.tries -= 1
-        return self.tries > 0, "it is time to ask again"
 
 
 @dataclass
@@ -78,7 +47,6 @@ class Plan:
         traced, loop: the step, and its loop over the horizon.
         policy: the policy it was traced for.
         exact: the loop has to bind every op to its very overload.
-        constants: parameters, buffers and the like, in the graph's order, and their kinds when bound.
         draws: the step takes random numbers.
         graphed: the loop behind CUDA graphs, where they apply.
         uncompiled: why the step is not compiled although that was asked for.
@@ -93,32 +61,24 @@ class Plan:
     exact: bool = False
     graphed: GraphedLoop | None = None
     uncompiled: str = ""
-    constants: list[torch.Tensor] = field(default_factory=list)
-    kinds: list[tuple] = field(default_factory=list)
     draws: bool = False
     put_off: bool = False
     fused: FusedLoop | None = None
     unfused: str = ""
 
     def __post_init__(self) -> None:
-        self.constants = self.traced.constants()
-        self.kinds = self._kinds()
-        self._guard = _guard(self.constants)
-        self.draws = self.traced.graph.draws
+        traced = self.traced
+        self.guard = Guard(traced.watch, traced.sources, traced.read)
+        self.draws = traced.graph.draws
+
+    @property
+    def constants(self) -> list[torch.Tensor]:
+        """Parameters, buffers and the like, in the graph's order."""
+        return self.guard.constants
 
     def holds(self, request: Request) -> tuple[bool, str | None]:
         """Whether nothing the trace took for granted has changed; else what did."""
-        same, what = _unchanged(self.traced.watch, self.policy, request)
-        if not same:
-            return False, what
-        if what is not None:
-            self.constants = self.traced.constants()
-        for location, value in self.traced.read:
-            if not torch.equal(location.fetch(), value):
-                return False, "a tensor whose value Python reads was written"
-        if not self._guard(*self.constants) and self._kinds() != self.kinds:
-            return False, "a parameter or buffer changed its dtype, shape, device or gradient flag"
-        return True, None
+        return self.guard.holds() if _same_policy(self.policy, request) else _OTHER_POLICY
 
     def prefers_fused(self) -> bool:
         """Whether ``"auto"`` takes the fused engine."""
@@ -130,37 +90,17 @@ class Plan:
         varying = step_varying(graph, {*self.traced.carried, *self.traced.fed})
         return any(graph.outputs[flag].index in varying for flag in self.traced.flags)
 
-    def _kinds(self) -> list[tuple]:
-        return [(t.dtype, t.requires_grad, t.shape, t.device, t.stride()) for t in self.constants]
+
+_OTHER_POLICY = False, "the policy is another function"
 
 
-def _guard(tensors: list[torch.Tensor]) -> Callable[..., bool]:
-    """Whether tensors are certainly of the same kind as these: Dynamo's own check, in one C++ call."""
-    guards: Any = torch._C._dynamo.guards
-    try:
-        guard = guards.TensorGuards(
-            *tensors,
-            dynamic_dims_sizes=[list(t.shape) for t in tensors],
-            dynamic_dims_strides=[list(t.stride()) for t in tensors],
-        ).check
-        return guard if guard(*tensors) else _never
-    except Exception:  # no tensors at all, or another torch
-        return _never
-
-
-def _never(*_: torch.Tensor) -> bool:
-    return False
-
-
-def _unchanged(watch: Watch, policy: Any, request: Request) -> tuple[bool, str | None]:
-    """``(True, None)``; ``(True, what)`` after a change that a trace survives; ``(False, what)``."""
+def _same_policy(policy: Any, request: Request) -> bool:
     own = request.own_policy
-    if policy is not own and not same_function(policy, own):
-        return False, "the policy is another function"
-    if watch.unchanged():
-        return True, None
-    same, what = watch.reconcile()
-    return same, what or "equal values or tensors of the same kind were put in"
+    return policy is own or same_function(policy, own)
+
+
+def _refusal_holds(watch: Watch, policy: Any, request: Request) -> tuple[bool, str | None]:
+    return state_holds(watch) if _same_policy(policy, request) else _OTHER_POLICY
 
 
 @dataclass
@@ -181,38 +121,30 @@ class Recent:
 
 
 @dataclass
-class PlanCache:
-    """The plans of one env, least recently used last to go."""
+class RolloutCache(plan_cache.PlanCache):
+    """The plans of one env.
 
-    plans: OrderedDict[Any, list[Plan | Refusal]] = field(default_factory=OrderedDict)
-    unused: int = 0
-    calls: int = 0
-    recent: list[Recent] = field(default_factory=list)  # latest first
-    warned: set[str] = field(default_factory=set)
-    last_change: str = ""
-    traces: int = 0  # how often a step was traced
-    state_changes: dict[Any, int] = field(default_factory=dict)
-    owner: Any = None
-    lock: Any = field(default_factory=threading.RLock)  # rollouts may come from several threads
+    Attributes:
+        recent: calls remembered to the letter, latest first.
+    """
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PlanCache, ()  # a copy of an env, or one sent elsewhere, makes its own plans
+    recent: list[Recent] = field(default_factory=list)
 
 
-def cache_of(env: WorldModelEnv) -> PlanCache:
+def cache_of(env: FastEnv) -> RolloutCache:
     # In the env and nowhere else: a policy that holds the env makes a cycle, which can be collected.
     cache = env.__dict__.get("_plans")
     if cache is None or cache.owner is not env:
-        cache = env.__dict__["_plans"] = PlanCache(owner=env)
+        cache = env.__dict__["_plans"] = RolloutCache(owner=env)
     return cache
 
 
-def zero_done(env: WorldModelEnv, batch_size: torch.Size) -> dict[Any, torch.Tensor]:
+def zero_done(env: FastEnv, batch_size: torch.Size) -> dict[Any, torch.Tensor]:
     """The done flags of a fresh start. Read only: every output copies them."""
     # torchrl empties this cache when a spec changes.
     zeros = env._cache.setdefault("_zero_done", {})
     if batch_size not in zeros:
-        if len(zeros) >= _KEYS:
+        if len(zeros) >= plan_cache.KEYS:
             zeros.clear()
         zero = env.full_done_spec.zero(env._leading(batch_size))
         zeros[batch_size] = {k: zero.get(k) for k in env.full_done_spec.keys(True, True)}
@@ -220,7 +152,7 @@ def zero_done(env: WorldModelEnv, batch_size: torch.Size) -> dict[Any, torch.Ten
 
 
 def _key(
-    env: WorldModelEnv, request: Request, start: dict[Any, torch.Tensor], td: TensorDictBase,
+    env: FastEnv, request: Request, start: dict[Any, torch.Tensor], td: TensorDictBase,
     feed: Feed | None, compiled: Any,
 ) -> Any:  # fmt: skip
     kinds = tuple((path, t.shape, t.dtype, t.device, t.requires_grad) for path, t in start.items())
@@ -231,17 +163,7 @@ def _key(
     return (
         request.policy_key(), kinds, fed, td.batch_size, td.device,
         tuple(td.names) if td._has_names() else None,
-        *_modes(), compiled,
-    )  # fmt: skip
-
-
-def _modes() -> tuple[Any, ...]:
-    """What the process is set to that a step may ask for."""
-    return (
-        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), interaction_type(),
-        torch.get_default_dtype(), torch._C._len_torch_function_stack() and torch.get_default_device(),
-        torch.distributions.Distribution._validate_args, skip_existing(),
-        composite_lp_aggregate(nowarn=True),
+        *process_modes(), compiled,
     )  # fmt: skip
 
 
@@ -261,11 +183,11 @@ def _kind_of_call(request: Request) -> Any:
         if not isinstance(item, torch.Tensor):
             return None
         kind += key, item.shape, item.dtype, item.device, item.requires_grad
-    kind += _modes()
+    kind += process_modes()
     return kind
 
 
-def recall(env: WorldModelEnv, request: Request) -> tuple[Plan, dict[Any, torch.Tensor]] | None:
+def recall(env: FastEnv, request: Request) -> tuple[Plan, dict[Any, torch.Tensor]] | None:
     """As :func:`plan_for`, from the caller's own tensordict, if there was just such a call.
 
     What a reset does to a start is decided by the kind of start and by the env's attributes, specs included.
@@ -295,7 +217,7 @@ def recall(env: WorldModelEnv, request: Request) -> tuple[Plan, dict[Any, torch.
 
 
 def remember(
-    env: WorldModelEnv, request: Request, plan: Plan, start: dict[Any, torch.Tensor]
+    env: FastEnv, request: Request, plan: Plan, start: dict[Any, torch.Tensor]
 ) -> None:
     """Let :func:`recall` find this call, if its start was taken as it is, without reset."""
     kind = _kind_of_call(request)
@@ -313,7 +235,7 @@ def remember(
 
 
 def plan_for(
-    env: WorldModelEnv,
+    env: FastEnv,
     request: Request,
     td: TensorDictBase,
     feed: Feed | None,
@@ -341,106 +263,55 @@ def plan_for(
 
 
 def _plan_for(
-    env: WorldModelEnv, request: Request, td: TensorDictBase, feed: Feed | None,
-    start: dict[Any, torch.Tensor], cache: PlanCache, patient: bool,
+    env: FastEnv, request: Request, td: TensorDictBase, feed: Feed | None,
+    start: dict[Any, torch.Tensor], cache: RolloutCache, patient: bool,
 ) -> Plan:  # fmt: skip
     key = _key(env, request, start, td, feed, env.compile_options_key())
-    cache.calls += 1
-    variants = cache.plans.get(key)
-    if variants is not None:
-        cache.plans.move_to_end(key)
-        for plan in variants:
-            same, what = plan.holds(request)
-            if same:
-                cache.unused = 0
-                return _usable(plan)
-            cache.last_change = what or ""
-    if not patient and cache.unused >= _PATIENCE and cache.calls % _PATIENCE:
-        raise NotCapturable(
-            "plans for this env are never used twice: the policy, the model or the kind of input is "
-            f"new at every call {'(' + cache.last_change + ')' if cache.last_change else ''}"
+    found = cache.find(key, request)
+    if found is None:
+        if not patient:
+            cache.refuse_if_in_vain("env", "the policy, the model or the kind of input")
+        found = cache.make(
+            key,
+            functools.partial(_make, env, request, td, feed),
+            functools.partial(_rests_on, env, request, feed),
         )
-    cache.unused += 1
-    with annotate("fastwm.plan"), _own_saved_tensors():
-        plan = _make(env, request, td, feed, cache, key)
-    if variants is None:
-        variants = cache.plans[key] = []
-        while len(cache.plans) > _KEYS:
-            cache.plans.popitem(last=False)
-    variants.insert(0, plan)
-    del variants[_VARIANTS:]
-    kept = {id(p) for found in cache.plans.values() for p in found}
-    cache.recent = [r for r in cache.recent if id(r.plan) in kept]
-    return _usable(plan)
+        kept = {id(p) for variants in cache.plans.values() for p in variants}
+        cache.recent = [r for r in cache.recent if id(r.plan) in kept]
+    return plan_cache.usable(found)
 
 
-def _own_saved_tensors() -> AbstractContextManager[Any]:
-    """What tracing saves for a backward is none of the caller's, such as a checkpoint that counts it."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+def _rests_on(env: FastEnv, request: Request, feed: Feed | None) -> plan_cache.Holds:
+    watch = watch_step(env, None, None if feed is not None else request.policy)
+    return functools.partial(_refusal_holds, watch, request.own_policy)
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _usable(plan: Plan | Refusal) -> Plan:
-    if isinstance(plan, Refusal):
-        raise NotCapturable(plan.reason)
-    return plan
-
-
-def _make(
-    env: WorldModelEnv, request: Request, td: TensorDictBase, feed: Feed | None, cache: PlanCache,
-    key: Any,
-) -> Plan | Refusal:  # fmt: skip
+def _make(env: FastEnv, request: Request, td: TensorDictBase, feed: Feed | None) -> Plan:
     policy = None if feed is not None else request.compatible_policy(env)
-    cache.traces += 1
+    with annotate("fastwm.trace"):
+        traced, results = trace_step(env, policy, feed, td, request.policy)
+    given = [*traced.constants(), *leaves(td).values(), *(feed.template if feed else ())]
+    wants = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    loop = CapturedLoop(
+        traced.graph, traced.carried, traced.fed, traced.flags, traced.dim,
+        grad=wants, compiler=env.step_compiler(),
+    )  # fmt: skip
+    plan = Plan(traced, loop, request.own_policy)
+    stop = request.stops or bool(env.restart)
     try:
-        with annotate("fastwm.trace"):
-            traced, results = trace_step(env, policy, feed, td, request.policy)
-        given = [*traced.constants(), *leaves(td).values(), *(feed.template if feed else ())]
-        wants = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-        loop = CapturedLoop(
-            traced.graph, traced.carried, traced.fed, traced.flags, traced.dim,
-            grad=wants, compiler=env.step_compiler(),
-        )  # fmt: skip
-        plan = Plan(traced, loop, request.own_policy)
-        stop = request.stops or env.initial_state is not None
-        try:
-            _verify(env, plan, td, feed, results, stop)
-        except CompileFailed as error:
-            plan.uncompiled = f"compiling the step raises {error}"
-            plan.loop = CapturedLoop(
-                traced.graph, traced.carried, traced.fed, traced.flags, traced.dim, grad=wants
-            )
-            _verify(env, plan, td, feed, results, stop)
-        plan.graphed = graphed_loop(plan.loop, next(iter(results[0].values())).device)
-        if _fuses_at_once(results):
-            _fuse(env, plan, dict(leaves(td)), feed, results)
-        else:
-            plan.put_off, plan.unfused = True, UNMEASURED
-        return plan
-    except StateChanges as reason:
-        # Once may be a cache that fills itself; a step that does it again is left to the eager path.
-        times = cache.state_changes.pop(key, 0) + 1
-        if times < 2:
-            while len(cache.state_changes) >= _KEYS:
-                del cache.state_changes[next(iter(cache.state_changes))]
-            cache.state_changes[key] = times
-            raise
-        return Refusal(None, request.own_policy, str(reason))
-    except BadCall:
-        raise
-    except NotCapturable as reason:
-        # Remember the refusal, with what it rests on, so as not to trace again at each call.
-        try:
-            original = None if feed is not None else request.policy
-            return Refusal(watch_step(env, None, original), request.own_policy, str(reason))
-        except Exception:  # too large to watch, or not to be looked at
-            cache.last_change = str(reason)
-            raise reason from None
+        _verify(env, plan, td, feed, results, stop)
+    except CompileFailed as error:
+        plan.uncompiled = f"compiling the step raises {error}"
+        plan.loop = CapturedLoop(
+            traced.graph, traced.carried, traced.fed, traced.flags, traced.dim, grad=wants
+        )
+        _verify(env, plan, td, feed, results, stop)
+    plan.graphed = graphed_loop(plan.loop, next(iter(results[0].values())).device)
+    if _fuses_at_once(results):
+        _fuse(env, plan, dict(leaves(td)), feed, results)
+    else:
+        plan.put_off, plan.unfused = True, UNMEASURED
+    return plan
 
 
 def _fuses_at_once(results: list[Results]) -> bool:
@@ -449,12 +320,12 @@ def _fuses_at_once(results: list[Results]) -> bool:
 
 
 def fuse_now(
-    env: WorldModelEnv, plan: Plan, start: dict[Any, torch.Tensor], feed: Feed | None
+    env: FastEnv, plan: Plan, start: dict[Any, torch.Tensor], feed: Feed | None
 ) -> None:
     """Give a plan its row program, if that was put off; held to what the captured loop makes of the start."""
     if not plan.put_off:  # asked at each rollout
         return
-    with cache_of(env).lock, _own_saved_tensors():
+    with cache_of(env).lock, own_saved_tensors():
         if not plan.put_off:  # another thread made it
             return
         given = None if feed is None else lambda: feed.template
@@ -474,7 +345,7 @@ def fuse_now(
 
 
 def _fuse(
-    env: WorldModelEnv, plan: Plan, inputs: dict[Any, torch.Tensor], feed: Feed | None,
+    env: FastEnv, plan: Plan, inputs: dict[Any, torch.Tensor], feed: Feed | None,
     results: list[Results],
 ) -> None:  # fmt: skip
     """Give the plan its row program; or say why not."""
@@ -536,7 +407,7 @@ def _gross_difference(
 
 
 def _verify(
-    env: WorldModelEnv,
+    env: FastEnv,
     plan: Plan,
     td: TensorDictBase,
     feed: Feed | None,

@@ -11,22 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import unravel_key_list
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 from torchrl.envs.utils import _make_compatible_policy
 from torchrl.modules.planners import cem, mppi
 
+from fastwm.process_modes import NotCapturable, refuse_modes
+
 if TYPE_CHECKING:
-    from fastwm.env import WorldModelEnv
+    from fastwm.fast_env import FastEnv
 
 __all__ = ["Feed", "NotCapturable", "Request", "same_function"]
 
-_MODULE = torch.nn.modules.module
 _SETTERS = (cem._PrecomputedActionsSequentialSetter, mppi._PrecomputedActionsSequentialSetter)
-
-
-class NotCapturable(Exception):
-    """This rollout is the eager path's; the message names the one thing that ruled it out."""
 
 
 @dataclass
@@ -52,7 +47,12 @@ class Feed:
 
 @dataclass
 class Request:
-    """The arguments of one ``rollout`` call."""
+    """The arguments of one ``rollout`` call.
+
+    Attributes:
+        begun: ``tensordict`` is the first step's, which a reset has made.
+        The others are those of ``EnvBase.rollout``.
+    """
 
     max_steps: int
     policy: Any = None
@@ -69,8 +69,9 @@ class Request:
     trust_policy: bool = False
     storing_device: Any = None
     set_state: bool | None = None
+    begun: bool = False
 
-    def refuse(self, env: WorldModelEnv) -> None:
+    def refuse(self, env: FastEnv) -> None:
         """Raise :class:`NotCapturable` for what only the eager path does."""
         if self.callback is not None:
             raise NotCapturable("a callback, called at each step")
@@ -90,31 +91,10 @@ class Request:
             raise NotCapturable("a compiled step_and_maybe_reset")
         if env._post_step_mdp_hooks is not None:
             raise NotCapturable("step hooks of a transform")
-        device = env.device.type if env.device is not None else "cuda"
-        if torch.is_autocast_enabled("cpu") or (
-            device != "cpu" and torch.is_autocast_enabled(device)
-        ):
-            raise NotCapturable("autocast is on")
-        if torch.compiler.is_compiling():
-            raise NotCapturable("inside torch.compile")
-        if torch._C._is_tracing():
-            raise NotCapturable("inside torch.jit.trace")
-        modes = torch._C._len_torch_function_stack() and any(
-            type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
-        )  # a default device is one, and known to the plan
-        if torch._C._len_torch_dispatch_stack() or modes:
-            raise NotCapturable("a torch dispatch or function mode is active")
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise NotCapturable("inside a torch.func transform")
-        if torch.autograd.forward_ad._current_level >= 0:
-            raise NotCapturable("forward-mode AD is on")
-        if (
-            _MODULE._global_forward_hooks
-            or _MODULE._global_forward_pre_hooks
-            or _MODULE._global_backward_hooks
-            or _MODULE._global_backward_pre_hooks
-        ):
-            raise NotCapturable("global module hooks")
+        own = env.refusal(self)
+        if own:
+            raise NotCapturable(own)
+        refuse_modes(env.device.type if env.device is not None else "cuda")
 
     @property
     def stops(self) -> bool:
@@ -123,7 +103,7 @@ class Request:
             return not self.break_when_all_done
         return bool(self.break_when_any_done)
 
-    def compatible_policy(self, env: WorldModelEnv) -> Any:
+    def compatible_policy(self, env: FastEnv) -> Any:
         """The policy as ``EnvBase.rollout`` wraps it."""
         return _make_compatible_policy(
             self.policy,
@@ -133,7 +113,7 @@ class Request:
             trust_policy=self.trust_policy,
         )
 
-    def feed(self, env: WorldModelEnv, batch_size: torch.Size) -> Feed | None:
+    def feed(self, env: FastEnv, batch_size: torch.Size) -> Feed | None:
         """Where actions come from when no policy computes them, else None."""
         if self.actions is not None:
             return self._given_actions(env, batch_size)
@@ -161,7 +141,7 @@ class Request:
             return policy.__func__, id(policy.__self__), self.trust_policy
         return id(policy), self.trust_policy
 
-    def _given_actions(self, env: WorldModelEnv, batch_size: torch.Size) -> Feed:
+    def _given_actions(self, env: FastEnv, batch_size: torch.Size) -> Feed:
         actions = self.actions
         if not isinstance(actions, (list, tuple, torch.Tensor)):
             raise NotCapturable(
@@ -192,7 +172,7 @@ class Request:
         return Feed((("action",),), lambda: (next(source),), (steps[0],), done)
 
 
-def _random_actions(env: WorldModelEnv, batch_size: torch.Size) -> Feed:
+def _random_actions(env: FastEnv, batch_size: torch.Size) -> Feed:
     spec = env.full_action_spec
     lead = env._leading(batch_size)
     keys = list(spec.keys(True, True))

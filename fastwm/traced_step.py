@@ -7,30 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.modules.tensordict_module.common import _forward_hook_safe_action
 
 from fastwm.assemble import Template, leaves
-from fastwm.request import Feed, NotCapturable
+from fastwm.guarded_trace import kept_reads, sources_of, traced_under, watched
+from fastwm.request import Feed
 from fastwm.step_graph import StepGraph
-from fastwm.tracing import InvalidArguments, Untraceable, preserved_random_state, trace
-from fastwm.watch import Location, TooLarge, Watch
+from fastwm.tracing import Untraceable, preserved_random_state, trace
+from fastwm.watch import Location, Watch
 
 if TYPE_CHECKING:
-    from fastwm.env import WorldModelEnv
+    from fastwm.fast_env import FastEnv
 
-__all__ = ["BadCall", "StateChanges", "TracedStep", "trace_step", "watch_step"]
+__all__ = ["TracedStep", "trace_step", "watch_step"]
 
 Path = tuple[str, ...]
 Results = dict[Any, torch.Tensor]  # a step's tensordict, as ("td", path) -> tensor
-_MAX_READ = 4096  # elements; compared before every rollout
-
-
-class BadCall(NotCapturable):
-    """The step raises. That may be this call's data, so it is no verdict on the next."""
-
-
-class StateChanges(NotCapturable):
-    """The step writes Python attributes: a counter, a schedule, or a cache filled at its first call."""
 
 
 @dataclass
@@ -67,7 +58,7 @@ class TracedStep:
 
 
 def trace_step(
-    env: WorldModelEnv, policy: Any, feed: Feed | None, start: TensorDictBase, original: Any
+    env: FastEnv, policy: Any, feed: Feed | None, start: TensorDictBase, original: Any
 ) -> tuple[TracedStep, list[Results]]:
     """Trace ``policy`` then ``env.step``, twice: a first step and one that follows it must be the same.
 
@@ -79,91 +70,18 @@ def trace_step(
     """
     if feed is not None:
         policy = original = None
-    try:
-        watch = watch_step(env, policy, original)
-    except TooLarge as error:
-        raise NotCapturable(str(error)) from error
-    except Exception as error:
-        raise NotCapturable(
-            f"reading the attributes of the policy or model raises: {error}"
-        ) from error
-    try:
-        _refuse_modules(watch)
-        restore = watch.snapshot()
-        try:
-            traced = _trace_twice(env, policy, feed, start, watch)
-        finally:
-            # Asking the step must leave no trace: the rollout to come asks it again.
-            changed = not watch.unchanged()
-            same, what = watch.reconcile(tensors=False) if changed else (True, None)
-            restore()
-        if not same:
-            raise StateChanges(f"the step changes Python state: {what}")
-        return traced
-    except StateChanges:
-        raise
-    except InvalidArguments as error:
-        raise BadCall(str(error)) from error
-    except Untraceable as error:
-        raise NotCapturable(str(error)) from error
-    except Exception as error:
-        # The eager path will raise the same, at the right place.
-        raise BadCall(f"the eager step raises {type(error).__name__}: {error}") from error
+    watch = watched(lambda: watch_step(env, policy, original))
+    return traced_under(watch, lambda: _trace_twice(env, policy, feed, start, watch))
 
 
-def watch_step(env: WorldModelEnv, policy: Any, original: Any) -> Watch:
+def watch_step(env: FastEnv, policy: Any, original: Any) -> Watch:
     """Everything that one step of ``policy`` and ``env`` can depend on."""
-    # Where starts come from is asked anew at each rollout, as is what torchrl's own cache holds.
-    opaque = [env.initial_state, env._cache, env.__dict__.get("_plans")]
-    libraries = ("fastwm", "torchrl")
-    if all(type(o).__module__.partition(".")[0] in libraries for o in (env, env._world_model)):
-        # Its encoder and decoder; the step is in env.world_model. That of a class of the user's may refer
-        # back to the whole: be a bound method of it, or the very same object.
-        opaque.append(env._world_model)
+    opaque = env.unwatched()
     return Watch([env, policy, original], [o for o in opaque if o is not None])
 
 
-def _kept(read: list[torch.Tensor], watch: Watch) -> list[tuple[Location, torch.Tensor]]:
-    """Copies of what Python read. Not versions: ``tensor.data.fill_()`` leaves those as they were."""
-    kept: dict[int, tuple[Location, torch.Tensor]] = {}
-    for tensor in read:
-        location = watch.tensors.get(id(tensor))
-        if location is None or id(tensor) in kept:
-            continue  # made by Python during the trace, such as torch.tensor(0.5)
-        if tensor.numel() > _MAX_READ:
-            raise Untraceable(
-                f"Python reads a value computed from a tensor of {tensor.numel()} elements"
-            )
-        kept[id(tensor)] = location, tensor.detach().clone()
-    return list(kept.values())
-
-
-def _refuse_modules(watch: Watch) -> None:
-    if watch.unwatchable:
-        raise Untraceable(
-            f"the policy or the model holds a {watch.unwatchable[0]}, whose state is hidden"
-        )
-    for module in watch.modules:
-        name = type(module).__name__
-        hooks = [
-            *module._forward_hooks.values(), *module._forward_pre_hooks.values(),
-            *module._backward_hooks.values(), *module._backward_pre_hooks.values(),
-        ]  # fmt: skip
-        # torchrl's own projection of actions is a pure function of the tensordict.
-        if any(hook is not _forward_hook_safe_action for hook in hooks):
-            raise Untraceable(f"a hook on {name}")
-        compiled = (torch._dynamo.eval_frame.OptimizedModule, torch.jit.ScriptModule)
-        if isinstance(module, compiled) or module._compiled_call_impl is not None:
-            raise Untraceable(f"{name} is compiled already")
-        for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            if tensor is not None and torch.nn.parameter.is_lazy(tensor):
-                raise Untraceable(f"lazy parameters of {name} are not initialised yet")
-    if watch.compiled:
-        raise Untraceable(f"{watch.compiled[0]} is compiled already")
-
-
 def _trace_twice(
-    env: WorldModelEnv, policy: Any, feed: Feed | None, start: TensorDictBase, watch: Watch
+    env: FastEnv, policy: Any, feed: Feed | None, start: TensorDictBase, watch: Watch
 ) -> tuple[TracedStep, list[Results]]:
     first, td, state, read = _trace_once(env, policy, feed, start, watch)
     second, td2, _, _ = _trace_once(env, policy, feed, state, watch)
@@ -193,10 +111,6 @@ def _trace_twice(
     }
     first.prune()
     flags = _stop_flags(env)
-    sources = []
-    for constant, tensor in first.constants:
-        held = constant.index in first.fresh
-        sources.append(tensor if held else watch.tensors[id(tensor)])
     step = TracedStep(
         graph=first,
         carried=carried,
@@ -204,8 +118,8 @@ def _trace_twice(
         flags=tuple(("td", path) for path in flags),
         template=Template.of(td),
         watch=watch,
-        sources=sources,
-        read=_kept(read, watch),
+        sources=sources_of(first, watch),
+        read=kept_reads(read, watch),
         dim=len(start.batch_size),
     )
     # Both steps were traced from the same generator state, so a second draw is not the loop's second.
@@ -214,7 +128,7 @@ def _trace_twice(
 
 
 def _trace_once(
-    env: WorldModelEnv, policy: Any, feed: Feed | None, start: TensorDictBase, watch: Watch
+    env: FastEnv, policy: Any, feed: Feed | None, start: TensorDictBase, watch: Watch
 ) -> tuple[StepGraph, TensorDictBase, TensorDictBase, list[torch.Tensor]]:
     structure = start.copy()
     # Own leaves, cut from whatever graph the caller's start hangs on.
@@ -263,7 +177,7 @@ def _only(graph: StepGraph, names: set[Any]) -> StepGraph:
     )  # fmt: skip
 
 
-def _stop_flags(env: WorldModelEnv) -> list[Path]:
+def _stop_flags(env: FastEnv) -> list[Path]:
     """The flags that end a rollout: those of the outermost done group, as torchrl reads them."""
     keys = [k if isinstance(k, tuple) else (k,) for k in env.full_done_spec.keys(True, True)]
     # "The done signals in a root td prevail over done in the leaves."

@@ -20,7 +20,7 @@ from torch.distributions import Normal
 from torch.overrides import BaseTorchFunctionMode
 
 import fastwm
-from fastwm import plan as planning
+from fastwm import plan_cache
 from fastwm.plan import cache_of, plan_for
 from fastwm.request import Request
 from fastwm.rollout import start_of
@@ -113,7 +113,7 @@ def test_a_step_that_changes_python_state_is_asked_twice() -> None:
 
 
 def test_a_step_that_stops_changing_state_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning.Refusal, "tries", 3)
+    monkeypatch.setattr(plan_cache.Refusal, "tries", 3)
 
     class Counts(nn.Module):
         def __init__(self) -> None:
@@ -129,7 +129,7 @@ def test_a_step_that_stops_changing_state_is_asked_again(monkeypatch: pytest.Mon
     for _ in range(3):
         assert "Python state" in why_eager(env, policy, case.start(B))
     net.counting = False
-    found = [why_eager(env, policy, case.start(B)) for _ in range(planning._RETRY + 1)]
+    found = [why_eager(env, policy, case.start(B)) for _ in range(plan_cache.RETRY + 1)]
     assert found[-1] == ""
 
 
@@ -153,15 +153,15 @@ def test_a_policy_that_is_new_at_every_call_ends_on_the_eager_path() -> None:
         for _ in range(40):
             env.rollout(2, linear_policy(), tensordict=start)
     assert ["never used twice" in str(w.message) for w in caught] == [True]
-    assert traces(env) <= planning._PATIENCE + 3
+    assert traces(env) <= plan_cache.PATIENCE + 3
     # One that stays comes through in the end.
     policy = linear_policy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for _ in range(planning._PATIENCE + 1):
+        for _ in range(plan_cache.PATIENCE + 1):
             env.rollout(2, policy, tensordict=start)
     before = traces(env)
-    for _ in range(planning._PATIENCE + 1):
+    for _ in range(plan_cache.PATIENCE + 1):
         env.rollout(2, policy, tensordict=start)
     assert traces(env) == before
     assert cache_of(env).unused == 0
@@ -170,13 +170,13 @@ def test_a_policy_that_is_new_at_every_call_ends_on_the_eager_path() -> None:
 def test_engines_asked_for_by_name_are_always_given_a_plan() -> None:
     case = make_case("linear")
     env = case.env([B])
-    for _ in range(planning._PATIENCE * 2):
+    for _ in range(plan_cache.PATIENCE * 2):
         run("captured", env, 2, linear_policy(), case.start(B))
 
 
 def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "_KEYS", 4)
-    monkeypatch.setattr(planning, "_PATIENCE", 1000)
+    monkeypatch.setattr(plan_cache, "KEYS", 4)
+    monkeypatch.setattr(plan_cache, "PATIENCE", 1000)
     case = make_case("linear")
     env = case.env([])
     for batch in range(1, 10):
@@ -195,13 +195,13 @@ def test_the_states_remembered_per_kind_of_call_are_bounded() -> None:
     case = make_case("linear")
     env, net = case.env([B]), nn.Dropout(0.1)
     policy = module(nn.Sequential(nn.Linear(LATENT, ACTION), net), ["latent"], ["action"])
-    for i in range(planning._VARIANTS + 3):
+    for i in range(plan_cache.VARIANTS + 3):
         net.p = 0.01 * i
         run("captured", env, 2, policy, case.start(B))
     (variants,) = cache_of(env).plans.values()
-    assert len(variants) == planning._VARIANTS
+    assert len(variants) == plan_cache.VARIANTS
     before = traces(env)
-    net.p = 0.01 * (planning._VARIANTS + 1)
+    net.p = 0.01 * (plan_cache.VARIANTS + 1)
     run("captured", env, 2, policy, case.start(B))
     assert traces(env) == before
 
@@ -316,7 +316,7 @@ def test_an_env_and_its_plans_go_when_nobody_holds_them(policy: str) -> None:
 
 
 def test_a_policy_goes_when_its_plan_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "_KEYS", 2)
+    monkeypatch.setattr(plan_cache, "KEYS", 2)
     case = make_case("linear")
     env = case.env([B])
     first = linear_policy()

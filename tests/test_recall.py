@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributions import Normal
 from torchrl.data import Composite, Unbounded
 
-from fastwm import plan as planning
+from fastwm import guarded_trace
 from fastwm.plan import cache_of, recall
 from fastwm.request import Request
 from tests.compare import assert_parity, assert_same, run
@@ -165,7 +165,7 @@ def test_a_model_that_changes_is_seen() -> None:
 
 def test_the_exact_check_alone_does_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with a torch that lacks Dynamo's."""
-    monkeypatch.setattr(planning, "_guard", lambda tensors: planning._never)
+    monkeypatch.setattr(guarded_trace, "_same_kinds", lambda tensors: guarded_trace.never)
     test_a_model_that_changes_is_seen()
 
 
