@@ -1,6 +1,7 @@
 """fastwm: TorchRL's world-model API at the speed of the machine."""
 
 from fastwm import _requirements  # noqa: F401 (first: names what is missing)
+from fastwm.acceleration import accelerate
 from fastwm.backends import backend
 from fastwm.backends import requested as requested_backend
 from fastwm.env import WorldModelEnv
@@ -18,6 +19,7 @@ __all__ = [
     "WorldModel",
     "WorldModelEnv",
     "WorldModelLoss",
+    "accelerate",
     "backend",
     "balanced_kl",
     "check_parity",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -16,10 +15,9 @@ from torchrl.envs.common import _cache_value
 from torchrl.envs.model_based import ModelBasedEnvBase
 
 from fastwm.backends import check_name
-from fastwm.engines.inductor import inductor
-from fastwm.explain import Explanation, explain
+from fastwm.fast_env import FastEnv
+from fastwm.plan import zero_done
 from fastwm.request import Request
-from fastwm.rollout import own_start, rollout
 from fastwm.specs import (
     has_lazy,
     nested_groups,
@@ -36,7 +34,7 @@ __all__ = ["WorldModelEnv"]
 InitialState: TypeAlias = TensorDictBase | ReplayBuffer | Callable[[torch.Size], TensorDictBase]
 
 
-class WorldModelEnv(ModelBasedEnvBase):
+class WorldModelEnv(FastEnv, ModelBasedEnvBase):
     """A world model as an environment that imagines: ``reset``, ``step``, ``rollout`` in latent space.
 
     A drop-in for ``torchrl.envs.WorldModelEnv``. Only :meth:`rollout` differs in how it runs: the
@@ -243,11 +241,6 @@ class WorldModelEnv(ModelBasedEnvBase):
         )  # fmt: skip
         return list(nested_groups(len(self.batch_size), *specs).items())
 
-    def _leading(self, batch_size: torch.Size) -> torch.Size:
-        """The dims of a batch that stand before this env's own."""
-        dims = len(self.batch_size)
-        return torch.Size(batch_size[: len(batch_size) - dims])
-
     def _assert_tensordict_shape(self, tensordict: TensorDictBase) -> None:
         dims = len(self.batch_size)
         if dims and tensordict.batch_size[-dims:] != self.batch_size:
@@ -259,94 +252,47 @@ class WorldModelEnv(ModelBasedEnvBase):
 
     # ---------------------------------------------------------------- rollout
 
-    def rollout(
-        self,
-        max_steps: int,
-        policy: Callable[[TensorDictBase], TensorDictBase] | None = None,
-        callback: Callable[..., Any] | None = None,
-        *,
-        actions: Iterable[Any] | None = None,
-        auto_reset: bool = True,
-        auto_cast_to_device: bool = False,
-        break_when_any_done: bool | None = None,
-        break_when_all_done: bool | None = None,
-        return_contiguous: bool | None = False,
-        tensordict: TensorDictBase | None = None,
-        set_truncated: bool = False,
-        out: Any = None,
-        trust_policy: bool = False,
-        storing_device: torch.device | str | None = None,
-        set_state: bool | None = None,
-    ) -> TensorDictBase:
-        """Imagine up to ``max_steps`` steps: ``torchrl.envs.EnvBase.rollout``, on the fastest engine.
+    def own_start(self, request: Request) -> TensorDictBase | None:
+        """The caller's start, ours to write into, without what another step left under ``"next"``.
 
-        Takes every argument of ``EnvBase.rollout`` and returns what it returns, except that the
-        ``tensordict`` given is not written into.
-
-        Returns:
-            TensorDict of batch ``[*batch, time]``, dim name ``"time"``: policy outputs and latents at the
-            root, next latents, reward and done flags under ``"next"``. Its memory is the caller's.
-
-        Raises:
-            RuntimeError: no start latent; a batch or latent of another shape than the env's; or an engine
-                asked for by name that cannot run this (the message says why).
+        Where no reset will do it, flags that are not there are cleared: otherwise the first step alone
+        would lack them, and the steps would not stack.
         """
-        return rollout(
-            self,
-            Request(
-                max_steps, policy, callback, actions, auto_reset, auto_cast_to_device,
-                break_when_any_done, break_when_all_done, return_contiguous, tensordict,
-                set_truncated, out, trust_policy, storing_device, set_state,
-            ),
-        )  # fmt: skip
+        start = super().own_start(request)
+        if start is None:
+            return None
+        start.pop("next", None)
+        if not request.auto_reset:
+            self._assert_tensordict_shape(start)
+            for key, value in zero_done(self, start.batch_size).items():
+                if start.get(key, None) is None:
+                    start.set(key, value.clone())
+        return start
 
-    def eager_rollout(self, request: Request) -> TensorDictBase:
-        """The reference: ``EnvBase.rollout`` itself, on this env."""
-        arguments = {f.name: getattr(request, f.name) for f in fields(request)}
-        arguments["tensordict"] = own_start(self, request)
-        return super().rollout(**arguments)
+    def begun(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The start with flags of its own: those of a plain start are shared, and read only."""
+        start = tensordict.copy()
+        for key in self.done_keys:
+            flag = start.get(key, None)
+            if flag is not None:
+                start.set(key, flag.clone())
+        return start
 
-    def explain(
-        self,
-        max_steps: int = 1,
-        policy: Callable[[TensorDictBase], TensorDictBase] | None = None,
-        callback: Callable[..., Any] | None = None,
-        **kwargs: Any,
-    ) -> Explanation:
-        """Which engine would run ``rollout`` with these arguments, and why not a faster one.
+    @property
+    def restart(self) -> str:
+        return "" if self.initial_state is None else "finished rows restart from initial_state"
 
-        Nothing is rolled out; the step may be traced. Random generators are left as they were.
-
-        Example:
-            >>> print(env.explain(15, policy, tensordict=start))  # doctest: +SKIP
-            fused: no, the fused engine is not part of this version
-            captured: runs
-        """
-        return explain(self, Request(max_steps, policy, callback, **kwargs))
-
-    def compile(self, *, warmup: int | None = None, **options: Any) -> WorldModelEnv:
-        """Compile the captured engine's step with Inductor (also as ``compile=True`` at construction).
-
-        One compilation per kind of input, whatever the horizon; ``options`` are ``torch.compile``'s.
-        ``warmup`` is accepted for ``EnvBase.compile``'s sake. :meth:`eager` undoes it.
-        """
-        self.__dict__["_step_compile_options"] = options
-        return self
-
-    def eager(self) -> WorldModelEnv:
-        """Undo :meth:`compile`."""
-        self.__dict__.pop("_step_compile_options", None)
-        return self
-
-    def compile_options_key(self) -> str | None:
-        """Distinguishes plans by how their step is compiled."""
-        options = self.__dict__.get("_step_compile_options")
-        return None if options is None else repr(sorted(options.items()))
-
-    def step_compiler(self) -> Any:
-        """What compiles the captured step's body, or None."""
-        options = self.__dict__.get("_step_compile_options")
-        return None if options is None else inductor(**options)
+    def unwatched(self) -> list[Any]:
+        """Where starts come from, asked anew at each rollout; and the encoder and decoder."""
+        found = [*super().unwatched(), self.initial_state]
+        libraries = ("fastwm", "torchrl")
+        if all(
+            type(o).__module__.partition(".")[0] in libraries for o in (self, self._world_model)
+        ):
+            # The step is in self.world_model. That of a class of the user's may refer back to the whole:
+            # be a bound method of it, or the very same object.
+            found.append(self._world_model)
+        return found
 
     # ---------------------------------------------------------------- step
 

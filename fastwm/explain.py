@@ -14,7 +14,7 @@ from fastwm.rollout import start_of
 from fastwm.tracing import preserved_random_state
 
 if TYPE_CHECKING:
-    from fastwm.env import WorldModelEnv
+    from fastwm.fast_env import FastEnv
 
 __all__ = ["Explanation", "explain"]
 
@@ -48,7 +48,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(env: WorldModelEnv, request: Request) -> Explanation:
+def explain(env: FastEnv, request: Request) -> Explanation:
     """See :meth:`fastwm.WorldModelEnv.explain`."""
     asked = requested(env.backend)
     if asked == "eager":
@@ -64,9 +64,8 @@ def explain(env: WorldModelEnv, request: Request) -> Explanation:
             plan, start = plan_for(env, request, td, feed, patient=asked != "auto")
             if asked == "fused":
                 fuse_now(env, plan, start, feed)
-        restarts = not request.stops and env.initial_state is not None
-        if restarts and plan.flags_vary():
-            raise NotCapturable("finished rows restart from initial_state")
+        if not request.stops and env.restart and plan.flags_vary():
+            raise NotCapturable(env.restart)
         program, source = str(plan.traced.graph), plan.loop.source(stop=request.stops)
     except NotCapturable as reason:
         passed = {"fused": str(reason), "captured": str(reason)}
@@ -80,8 +79,7 @@ def explain(env: WorldModelEnv, request: Request) -> Explanation:
             return Explanation(None, passed, asked, program)
     elif asked == "fused" or plan.prefers_fused():
         assert plan.fused is not None
-        note = "bfloat16 weights" if plan.fused.bf16 else ""
-        return Explanation("fused", passed, asked, program, str(plan.fused), note)
+        return Explanation("fused", passed, asked, program, str(plan.fused), plan.fused.note)
     else:
         passed["fused"] = plan.fused.slower
     device = env.device or torch.device("cpu")

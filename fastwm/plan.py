@@ -216,9 +216,7 @@ def recall(env: FastEnv, request: Request) -> tuple[Plan, dict[Any, torch.Tensor
     return recent.plan, start
 
 
-def remember(
-    env: FastEnv, request: Request, plan: Plan, start: dict[Any, torch.Tensor]
-) -> None:
+def remember(env: FastEnv, request: Request, plan: Plan, start: dict[Any, torch.Tensor]) -> None:
     """Let :func:`recall` find this call, if its start was taken as it is, without reset."""
     kind = _kind_of_call(request)
     cache = cache_of(env)
@@ -255,11 +253,13 @@ def plan_for(
     except TypeError as error:
         raise NotCapturable(str(error)) from error
     for path in start:
-        if path[0] == "next" or path[-1] in ("_reset", "_step"):
+        if path[-1] in ("_reset", "_step"):
             raise NotCapturable(f"the start holds {path}")
     cache = cache_of(env)
     with cache.lock:
-        return _plan_for(env, request, td, feed, start, cache, patient), start
+        plan = _plan_for(env, request, td, feed, start, cache, patient)
+    # What is left of another step was found to have no part in this one.
+    return plan, {path: value for path, value in start.items() if path[0] != "next"}
 
 
 def _plan_for(
@@ -290,6 +290,7 @@ def _make(env: FastEnv, request: Request, td: TensorDictBase, feed: Feed | None)
     policy = None if feed is not None else request.compatible_policy(env)
     with annotate("fastwm.trace"):
         traced, results = trace_step(env, policy, feed, td, request.policy)
+    td = td.exclude("next")
     given = [*traced.constants(), *leaves(td).values(), *(feed.template if feed else ())]
     wants = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     loop = CapturedLoop(
@@ -319,9 +320,7 @@ def _fuses_at_once(results: list[Results]) -> bool:
     return next(iter(results[0].values())).device.type == "cpu"
 
 
-def fuse_now(
-    env: FastEnv, plan: Plan, start: dict[Any, torch.Tensor], feed: Feed | None
-) -> None:
+def fuse_now(env: FastEnv, plan: Plan, start: dict[Any, torch.Tensor], feed: Feed | None) -> None:
     """Give a plan its row program, if that was put off; held to what the captured loop makes of the start."""
     if not plan.put_off:  # asked at each rollout
         return

@@ -19,7 +19,7 @@ from fastwm.request import Feed, NotCapturable, Request
 from fastwm.tracing import cuda_device
 
 if TYPE_CHECKING:
-    from fastwm.env import WorldModelEnv
+    from fastwm.fast_env import FastEnv
 
 __all__ = ["fast_rollout", "rollout"]
 
@@ -28,7 +28,7 @@ class _CheckFails(NotCapturable):
     """A check of the step's arguments failed, in the course of the rollout."""
 
 
-def rollout(env: WorldModelEnv, request: Request) -> TensorDictBase:
+def rollout(env: FastEnv, request: Request) -> TensorDictBase:
     """Run ``request`` on the engine in force for ``env``.
 
     Raises:
@@ -49,7 +49,7 @@ def rollout(env: WorldModelEnv, request: Request) -> TensorDictBase:
     return env.eager_rollout(request)
 
 
-def _warn_once(env: WorldModelEnv, reason: str, engine: str = "eager engine") -> None:
+def _warn_once(env: FastEnv, reason: str, engine: str = "eager engine") -> None:
     warned = cache_of(env).warned
     if reason in warned or torch._C._len_torch_dispatch_stack():
         return
@@ -62,7 +62,7 @@ def _warn_once(env: WorldModelEnv, reason: str, engine: str = "eager engine") ->
 
 
 def fast_rollout(
-    env: WorldModelEnv, request: Request, engine: str, *, patient: bool = False
+    env: FastEnv, request: Request, engine: str, *, patient: bool = False
 ) -> TensorDictBase:
     """The rollout from a traced step, on the fused or the captured engine.
 
@@ -105,23 +105,14 @@ def fast_rollout(
                 fused = None
         return _run(env, request, plan, td, start, feed, fused)
     except NotCapturable:
-        # The eager path goes on from here: asking initial_state again might give another start.
+        # The eager path goes on from here: a second reset might give another start.
         if random_state is not None:
             random_state.restore()
         if td is None:
             td = start_of(env, request)
-        request.tensordict = _with_own_flags(env, td)
+        request.tensordict, request.begun = env.begun(td), True
         request.auto_reset, request.set_state = False, None
         raise
-
-
-def _with_own_flags(env: WorldModelEnv, td: TensorDictBase) -> TensorDictBase:
-    td = td.copy()
-    for key in env.done_keys:
-        flag = td.get(key, None)
-        if flag is not None:
-            td.set(key, flag.clone())
-    return td
 
 
 class _RandomState:
@@ -138,9 +129,9 @@ class _RandomState:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
 
-def start_of(env: WorldModelEnv, request: Request) -> TensorDictBase:
+def start_of(env: FastEnv, request: Request) -> TensorDictBase:
     """The tensordict of the first step, as ``EnvBase.rollout`` gets it."""
-    given = own_start(env, request)
+    given = env.own_start(request)
     if not request.auto_reset:
         return env.maybe_reset(given)
     if given is not None and request.set_state is not False and env.starts_plainly(given):
@@ -151,40 +142,22 @@ def start_of(env: WorldModelEnv, request: Request) -> TensorDictBase:
     return env.reset(given, set_state=request.set_state)
 
 
-def own_start(env: WorldModelEnv, request: Request) -> TensorDictBase | None:
-    """The caller's start, ours to write into, without what another step left under ``"next"``.
-
-    Where no reset will do it, flags that are not there are cleared: otherwise the first step alone would
-    lack them, and the steps would not stack.
-    """
-    if request.tensordict is None:
-        return None
-    start = request.tensordict.copy()
-    start.pop("next", None)
-    if not request.auto_reset:
-        env._assert_tensordict_shape(start)
-        for key, value in zero_done(env, start.batch_size).items():
-            if start.get(key, None) is None:
-                start.set(key, value.clone())
-    return start
-
-
 def _run(
-    env: WorldModelEnv, request: Request, plan: Plan, td: TensorDictBase | None, start: dict,
+    env: FastEnv, request: Request, plan: Plan, td: TensorDictBase | None, start: dict,
     feed: Feed | None, fused: FusedLoop | None,
 ) -> TensorDictBase:  # fmt: skip
     traced = plan.traced
     horizon = request.max_steps
     if feed is not None and feed.horizon is not None:
         horizon = min(horizon, feed.horizon)
-    restarts = not request.stops and env.initial_state is not None
-    stop = request.stops or restarts
+    restart = "" if request.stops else env.restart
+    stop = request.stops or bool(restart)
     own = [(g, g.get_state()) for g in traced.generators]
     try:
         with annotate("fastwm.replay"):
             steps, values, feed = _replay(env, request, plan, td, start, feed, fused, horizon, stop)
-        if restarts and (steps < horizon or _any_flag(values, traced.flags)):
-            raise NotCapturable("finished rows restart from initial_state")
+        if restart and (steps < horizon or _any_flag(values, traced.flags)):
+            raise NotCapturable(restart)
     except (ChecksFailed, NotCapturable) as reason:
         for generator, state in own:
             generator.set_state(state)
@@ -207,7 +180,7 @@ def _run(
 
 
 def _replay(
-    env: WorldModelEnv, request: Request, plan: Plan, td: TensorDictBase | None, start: dict,
+    env: FastEnv, request: Request, plan: Plan, td: TensorDictBase | None, start: dict,
     feed: Feed | None, fused: FusedLoop | None, horizon: int, stop: bool,
 ) -> tuple[int, dict, Feed | None]:  # fmt: skip
     if fused is not None:
@@ -240,7 +213,7 @@ def _any_flag(values: dict, flags: tuple) -> bool:
     return any(bool(values[path].any()) for _, path in flags)
 
 
-def _set_truncated(env: WorldModelEnv, out: TensorDictBase) -> None:
+def _set_truncated(env: FastEnv, out: TensorDictBase) -> None:
     truncated = [k for k in env.done_keys if (k if isinstance(k, str) else k[-1]) == "truncated"]
     if not truncated:
         raise RuntimeError(

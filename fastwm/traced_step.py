@@ -88,7 +88,9 @@ def _trace_twice(
     if set(leaves(td)) != set(leaves(td2)):
         odd = set(leaves(td)) ^ set(leaves(td2))
         raise Untraceable(f"the keys {sorted(odd)} are not there at every step")
-    start_leaves, state_leaves = leaves(start), leaves(state)
+    _drop_preset(first)
+    state_leaves = leaves(state)
+    start_leaves = {path: value for path, value in leaves(start).items() if path[0] != "next"}
     for path, value in start_leaves.items():
         later = state_leaves.get(path)
         if later is None:
@@ -162,6 +164,16 @@ def _trace_once(
     with preserved_random_state(env.device):
         graph, _, read = trace(step, inputs, watch.holds, watch.generators)
     return graph, kept["td"], kept["state"], read
+
+
+def _drop_preset(graph: StepGraph) -> None:
+    """Take what the start holds under ``"next"`` from the inputs; the first step must not need it."""
+    used = {v.index for op in graph.ops for v in op.inputs()}
+    used |= {v.index for v in graph.outputs.values()}
+    for name, value in graph.inputs.items():
+        if name[0] == "next" and value.index in used:
+            raise Untraceable(f"the first step takes {name} from the start")
+    graph.inputs = {name: v for name, v in graph.inputs.items() if name[0] != "next"}
 
 
 def _only(graph: StepGraph, names: set[Any]) -> StepGraph:
