@@ -14,7 +14,7 @@ from fastwm.rollout import _RandomState
 from fastwm.tolerances import rollout_tolerance
 
 if TYPE_CHECKING:
-    from fastwm.env import WorldModelEnv
+    from fastwm.fast_env import FastEnv
 
 __all__ = ["Comparison", "EngineReport", "ParityReport", "check_parity"]
 
@@ -89,7 +89,7 @@ class ParityReport:
 
 
 def check_parity(
-    env: WorldModelEnv,
+    env: FastEnv,
     policy: Any = None,
     tensordict: TensorDictBase | None = None,
     max_steps: int = 15,
@@ -106,7 +106,7 @@ def check_parity(
     on CUDA of tensor-float32 where torch is set to it.
 
     Args:
-        env: the imagined env.
+        env: the imagined env: a :class:`fastwm.WorldModelEnv`, or one given to :func:`fastwm.accelerate`.
         policy: as for ``env.rollout``.
         tensordict: the start, batch ``[*B]``; None to reset from ``initial_state``.
         max_steps: horizon.
@@ -121,18 +121,19 @@ def check_parity(
         A :class:`ParityReport`; ``print`` it, or test ``report.ok``.
 
     Raises:
-        TypeError: ``env`` is no WorldModelEnv; one inside a TransformedEnv always runs eagerly.
+        TypeError: ``env`` has no engines; one inside a TransformedEnv always runs eagerly.
         Whatever the eager rollout raises.
 
     Example:
         >>> report = fastwm.check_parity(env, policy, start, 15)  # doctest: +SKIP
         >>> assert report.ok, report  # doctest: +SKIP
     """
-    from fastwm.env import WorldModelEnv
+    from fastwm.fast_env import FastEnv
 
-    if not isinstance(env, WorldModelEnv):
+    if not isinstance(env, FastEnv):
         raise TypeError(
-            f"check_parity needs a WorldModelEnv; a {type(env).__name__} runs step by step, without engines."
+            "check_parity needs a WorldModelEnv, or an env that fastwm.accelerate was given; "
+            f"a {type(env).__name__} runs step by step, without engines."
         )
     state = _RandomState(env.device)
     try:
@@ -161,7 +162,7 @@ class _Result:
 
 
 def _run(
-    name: str, env: WorldModelEnv, policy: Any, tensordict: TensorDictBase | None, max_steps: int,
+    name: str, env: FastEnv, policy: Any, tensordict: TensorDictBase | None, max_steps: int,
     gradients: bool | None, seed: int, kwargs: dict[str, Any],
 ) -> _Result:  # fmt: skip
     parameters = _parameters(env, policy)
@@ -193,7 +194,7 @@ def _run(
     return _Result({k: v.detach() for k, v in values.items()}, grads, out.shape[-1])
 
 
-def _parameters(env: WorldModelEnv, policy: Any) -> dict[str, torch.Tensor]:
+def _parameters(env: FastEnv, policy: Any) -> dict[str, torch.Tensor]:
     found: dict[int, tuple[str, torch.Tensor]] = {}
     for prefix, module in (("policy", policy), ("model", env.world_model)):
         if isinstance(module, torch.nn.Module):
