@@ -67,8 +67,9 @@ class WorldModelEnv(FastEnv, ModelBasedEnvBase):
         backend: ``"auto"`` (the fastest engine that can run), ``"fused"``, ``"captured"`` or ``"eager"``.
             :class:`fastwm.backend` and the variable ``FASTWM_BACKEND`` choose for a block or a process.
         fused_weights: ``torch.bfloat16`` lets the fused engine round matrices to bfloat16 (products and
-            sums stay float32), in rollouts without gradients: half the memory to read at small batches, at
-            the precision of ``("rollout.bf16_weights", ...)`` in :mod:`fastwm.tolerances`. Rollouts with
+            sums stay float32; on CUDA what a matrix is multiplied with is rounded too, for its tensor
+            cores), in rollouts without gradients: half the memory to read at small batches, at the
+            precision of ``("rollout.bf16_weights", ...)`` in :mod:`fastwm.tolerances`. Rollouts with
             gradients and float64 models then run on the captured engine. Default: as they are.
 
     Raises:

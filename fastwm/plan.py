@@ -367,7 +367,7 @@ def _fuse(
                     len(results), inputs, plan.constants,
                     None if feed is None else lambda: feed.template, stop=False,
                 )  # fmt: skip
-        problem = _gross_difference(replayed, results, traced.dim, fused.bf16)
+        problem = _gross_difference(replayed, results, traced.dim, fused.rounds)
         if problem:
             raise NotFusible(f"the row program does not give what the step gave: {problem}")
         plan.fused, plan.unfused = fused, ""
@@ -379,14 +379,15 @@ def _fuse(
 
 
 def _gross_difference(
-    replayed: dict[Any, torch.Tensor], results: list[Results], dim: int, bf16: bool
+    replayed: dict[Any, torch.Tensor], results: list[Results], dim: int, rounds: bool
 ) -> str:
     """As :func:`_difference`, for an engine that rounds in another order: only the gross is wrong.
 
     A choice between near equals (the largest of several, a threshold) may fall the other way in a few rows.
     """
     rough = matmul_precision() == "tf32" and next(iter(results[0].values())).is_cuda
-    bound = {torch.float64: 1e-9, torch.float32: 1e-1 if bf16 else 1e-2 if rough else 1e-4}
+    single = 1e-1 if rounds else 1e-2 if rough else 1e-4
+    bound = {torch.float64: 1e-9, torch.float32: single, torch.bfloat16: 1e-1}
     steps = [(step, *item) for step, result in enumerate(results) for item in result.items()]
     for step, (_, path), value in steps:
         got = replayed[path].select(dim, step)

@@ -77,6 +77,7 @@ def _compile(build: Build, capability: int) -> dict[str, Any]:
     start = time.perf_counter()
     compiled = triton.compile(source, GPUTarget("cuda", capability, 32), dict(build.options))
     seconds = time.perf_counter() - start
+    products = re.findall(r"\b(?:mma|wgmma)[.\w:]*", compiled.asm["ptx"])
     return {
         "kernel": build.kernel.fn.__name__,
         "variant": build.variant,
@@ -85,7 +86,9 @@ def _compile(build: Build, capability: int) -> dict[str, Any]:
         "registers": _registers(compiled.asm["cubin"]),
         **_spills(compiled.asm["ptx"], build.options.get("enable_fp_fusion", True)),
         "spill_limit": build.spills,
-        "tensor_core_products": len(re.findall(r"\b(?:mma|wgmma)[.\w]*", compiled.asm["ptx"])),
+        "tensor_core_products": len(products),
+        # On sm_100 an instruction names the 16-bit kinds as one.
+        "bf16_products": sum(".bf16.bf16" in p or p.endswith("kind::f16") for p in products),
         "shared": compiled.metadata.shared,
         "shared_limit": SHARED_LIMIT[capability],
         "cubin_bytes": len(compiled.asm["cubin"]),

@@ -206,3 +206,13 @@ def test_a_missing_tensor() -> None:
     assert not _compare_one("x", value, None).ok
     assert not _compare_one("x", None, value).ok
     assert _compare_one("x", None, None).ok
+
+
+def test_rounded_weights_are_held_to_their_own_line() -> None:
+    case = make_case("mlp")
+    env = case.env([B], fused_weights=torch.bfloat16)
+    report = fastwm.check_parity(env, case.policy, case.start(B), 15, gradients=False)
+    assert report.ok, report
+    fused, captured = ({c.name: c for c in e.comparisons} for e in report.engines)
+    assert fused["next.reward"].tolerance > 100 * captured["next.reward"].tolerance
+    assert fused["next.reward"].error > captured["next.reward"].tolerance

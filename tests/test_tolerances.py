@@ -76,7 +76,10 @@ def test_what_torch_never_multiplies_in_tf32_keeps_its_line(precision: str, grad
 def test_parity_takes_that_line(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def as_on_cuda(dtype: torch.dtype, device: torch.device, *, gradient: bool) -> Tolerance:
+    def as_on_cuda(
+        dtype: torch.dtype, device: torch.device, *, gradient: bool, rounds_weights: bool
+    ) -> Tolerance:
+        assert not rounds_weights
         asked.append(device.type)
         return rollout_tolerance(dtype, "cuda", gradient=gradient)
 

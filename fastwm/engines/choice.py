@@ -16,6 +16,11 @@ __all__ = ["prefers_captured"]
 UNMEASURED = (
     "not measured on a GPU yet, and so left to the captured engine: backend='fused' asks for it"
 )
+#: And for steps of bfloat16, on any device.
+OTHER_ROUNDINGS = (
+    "bfloat16 values are held in float32 within the rollout, where eager rounds each of them: "
+    "backend='fused' asks for it"
+)
 # Elements of all matrices of a step, and rows of a batch.
 MANY_ELEMENTS = 1 << 23
 FEW_ROWS = 8

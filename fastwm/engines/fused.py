@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastwm.engines.captured import ChecksFailed, FeedStep, Tensors
-from fastwm.engines.choice import prefers_captured
+from fastwm.engines.choice import OTHER_ROUNDINGS, prefers_captured
 from fastwm.engines.fused_gradient import GradientMode
 from fastwm.nvtx import annotate
 from fastwm.ops.library import cpu_library, has_triton
@@ -51,7 +51,11 @@ class FusedLoop:
         carried, fed, flags, dim: as for :class:`fastwm.engines.captured.CapturedLoop`.
         constants: the graph's, in its order.
         wanting: names of the graph's inputs that require gradients; None where none are wanted at all.
-        bf16: products with weights rounded to bfloat16 (without gradients).
+        bf16: products with weights rounded to bfloat16 (without gradients); on CUDA what they are multiplied
+            with is rounded too.
+
+    A step of bfloat16 is a program of float32: its weights are the same numbers, its values and its carry are
+    not rounded until they are given back. On CUDA its products round both factors, as eager's do.
 
     Raises:
         NotFusible: with the one thing that rules it out.
@@ -70,7 +74,7 @@ class FusedLoop:
         bf16: bool = False,
     ) -> None:
         self.device = device = _device_of(graph)
-        _refuse_device(device, bf16)
+        _refuse_device(device)
         try:
             self.lowered = lowered = lower(graph, carried, fed, dim)
             program = fuse_act(lowered.program)
@@ -82,7 +86,11 @@ class FusedLoop:
         self.dim = dim
         self.fed = list(fed)
         self.flags = list(flags)
-        self.bf16 = bf16
+        half = lowered.floats is torch.bfloat16
+        #: How it runs, where that is not as usual.
+        self.note = "values held in float32" if half else "bfloat16 weights" if bf16 else ""
+        self.rounds = bf16 and not half  # to less than the step itself has
+        self.bf16 = bf16 or half
         self.rows = lowered.rows
         first = next(iter(graph.inputs.values()))
         self.batch = tuple(graph.metas[first.index].shape[:dim])
@@ -94,19 +102,23 @@ class FusedLoop:
         self._kinds = lowered.kinds
         # In the program's order of uniforms: constants as they are, or what the prologue makes of them.
         self._direct: list[tuple[int, bool]] | None = None
+        self.wrt = self._wrt(constants, wanting) if wanting is not None else []
+        # The Triton kernel's executor reads bfloat16 as well; gradients go through the prologue's casts.
+        floats = {program.dtype}
+        if half and device.type == "cuda" and not self.wrt:
+            floats.add(torch.bfloat16)
         if lowered.plain and all(
             constants[u.constant].is_contiguous()
             and constants[u.constant].device == device
-            and constants[u.constant].dtype is dtype_of(u.kind, program.dtype)
+            and constants[u.constant].dtype in {dtype_of(u.kind, dtype) for dtype in floats}
             for u in lowered.uniforms
             if u.constant is not None
         ):
             self._direct = [
                 (u.constant, u.frozen) for u in lowered.uniforms if u.constant is not None
             ]
-        self.wrt = self._wrt(constants, wanting) if wanting is not None else []
         self._modes: dict[Any, GradientMode] = {}
-        if bf16 and self.wrt:
+        if self.rounds and self.wrt:
             raise NotFusible("bfloat16 weights have no gradients")
         self._plain: RowExecutor | None = None
         self._blocks: RowExecutor | None = None
@@ -124,6 +136,8 @@ class FusedLoop:
         )
         #: Why "auto" leaves this to the captured engine, if it does.
         self.slower = prefers_captured(elements, self.rows, device.type, gradients=bool(self.wrt))
+        if half:
+            self.slower = self.slower or OTHER_ROUNDINGS
         # What every call needs, worked out once.
         self._rows_in = [n for n, i in program.inputs.items() if i.role != "uniform"]
         self._paths = [n[1] for n in lowered.casts]
@@ -164,7 +178,7 @@ class FusedLoop:
             return Executor(program, time_major=time_major, kinds=kinds, bf16=bf16)
         from fastwm.kernels.row_program import TritonExecutor  # triton is imported on first use
 
-        return TritonExecutor(program, self.device, time_major=time_major, kinds=kinds)
+        return TritonExecutor(program, self.device, time_major=time_major, kinds=kinds, bf16=bf16)
 
     def _mode(self, *, save_all: bool) -> GradientMode:
         """Forward and backward programs that save everything, or that save little and work it out again."""
@@ -248,6 +262,8 @@ class FusedLoop:
         uniforms = self._uniforms(constants)
         steps, failed = horizon, 0
         tensors = [given[n] if n in given else inputs[n[1]].contiguous() for n in self._rows_in]
+        if self.lowered.floats is not self.program.dtype:
+            tensors = [t.to(self.program.dtype) if t.is_floating_point() else t for t in tensors]
         tensors += uniforms
         if grad and not torch.is_inference_mode_enabled():
             # Flags that the env made under inference mode, for one: autograd would not save them.
@@ -264,10 +280,12 @@ class FusedLoop:
                 outputs, failed = self._blocks.run(tensors, self.rows, horizon)
                 count = len(self.program.outputs)
                 results = outputs[:count]
-                after = {
-                    name[1]: t.reshape(inputs[name[1]].shape).to(inputs[name[1]].dtype)
-                    for name, t in zip(carries, outputs[count:], strict=True)
-                }
+                after = {}
+                for name, t in zip(carries, outputs[count:], strict=True):
+                    was = inputs[name[1]]
+                    t = t.reshape(was.shape)
+                    # Floats of the next block start as they ended here, of whatever dtype eager has them.
+                    after[name[1]] = t if was.is_floating_point() else t.to(was.dtype)
             else:
                 if self._plain is None:
                     self._plain = self.executor(self.program)
@@ -333,7 +351,7 @@ class FusedLoop:
         for draw in draws:
             if draw.name is None:
                 calls.append((draw, None))
-            elif draw.fill is not None and draw.dtype is self.program.dtype:
+            elif draw.fill is not None and draw.dtype in (self.program.dtype, self.lowered.floats):
                 noise = found[draw.name] = torch.empty(
                     (horizon, *draw.shape), dtype=draw.dtype, device=self.device
                 )
@@ -415,7 +433,7 @@ def _device_of(graph: StepGraph) -> torch.device:
     return next(iter(found))
 
 
-def _refuse_device(device: torch.device, bf16: bool) -> None:
+def _refuse_device(device: torch.device) -> None:
     if device.type == "cpu":
         library = cpu_library()
         if not library.loaded:
@@ -426,8 +444,6 @@ def _refuse_device(device: torch.device, bf16: bool) -> None:
         raise NotFusible("the kernels for CUDA are written for NVIDIA's chips")
     elif not has_triton():
         raise NotFusible("triton is not installed, which the kernels for CUDA need")
-    elif bf16:
-        raise NotFusible("bfloat16 weights are rounded on the CPU alone")
 
 
 def _never(lowered: Lowered, flag: Any) -> bool:

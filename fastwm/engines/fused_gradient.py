@@ -110,7 +110,7 @@ class GradientMode:
         for name, source in gradient.saved.items():
             if source.kind == "input" and source.name in self.loop.time_major:
                 major.add(name)
-        executor = self.loop.executor_of(program, major)
+        executor = self.loop.executor_of(program, major, bf16=self.loop.bf16)
         position = {n: i for i, n in enumerate(self.inputs)}
         produced = {n: i for i, n in enumerate(self.names)}
         plan: list[tuple[str, Any, torch.dtype]] = []

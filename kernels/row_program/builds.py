@@ -32,6 +32,9 @@ _BUILDS = (
     ("mlp", "forward", TALL, "tf32"),
     ("mlp", "backward", SMALL, "ieee"),
     ("mlp", "backward", TALL, "tf32"),
+    ("mlp", "forward", SMALL, "bf16"),
+    ("mlp", "forward", TALL, "bf16"),
+    ("mlp", "backward", TALL, "bf16"),
     ("mbpo", "forward", TALL, "tf32"),
     ("tdmpc2", "forward", SMALL, "tf32"),
     ("rssm", "forward", SMALL, "tf32"),
@@ -63,7 +66,7 @@ def build(
     variant: str, program: Program, tile: Tile, precision: str, *, reverse: bool = False, **how: Any
 ) -> Build:
     """A program's kernel with the types of its arguments."""
-    executor = TritonExecutor(program, "cpu", tile=tile, **how)
+    executor = TritonExecutor(program, "cpu", tile=tile, bf16=precision == "bf16", **how)
     source = executor.source(tile.rows, reverse=reverse, precision=precision)
     signature = dict.fromkeys(source.arguments, "i32")
     inner = executor.inner
@@ -75,13 +78,14 @@ def build(
         signature[f"p_out{number}"] = _TYPES[dtype_of(kind, program.dtype)]
     for number in range(len(program.finals)):
         signature[f"p_final{number}"] = _TYPES[program.dtype]
+    signature |= {name: "*bf16" for name in source.arguments if name.startswith("p_bf16_")}
     signature |= {"p_failed": "*i32", "p_maps": "*i32", "p_scratch": _TYPES[program.dtype]}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return Build(variant, kernel_of(source), signature, {}, options, _SPILLS)
 
 
 def builds() -> Iterator[Build]:
-    """Forward and backward, small tiles and tall ones, true float32 and tensor-float32."""
+    """Forward and backward, small tiles and tall ones, true float32, tensor-float32 and bfloat16."""
     for name, direction, tile, precision in _BUILDS:
         lowered = lowered_suite(name)
         program = fuse_act(lowered.program)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import triton
 
-from fastwm.kernels.row_program.source import Source, Tile, scratch_columns, write
+from fastwm.kernels.row_program.source import Source, Tile, matrices, scratch_columns, write
 from fastwm.kernels.row_program.stages import plan
 from fastwm.row_program.deferred_sums import defer_sums
 from fastwm.row_program.kinds import matmul_precision
-from fastwm.row_program.program import Program
+from fastwm.row_program.ops import PRODUCTS
+from fastwm.row_program.program import Program, Val
 from fastwm.row_program.row_executor import RowExecutor
 
 __all__ = ["TritonExecutor", "kernel_of", "programs_for", "tile_for"]
@@ -22,6 +23,7 @@ __all__ = ["TritonExecutor", "kernel_of", "programs_for", "tile_for"]
 _TALL = 64  # rows of the tallest tile
 _SCRATCH_BYTES = 30 << 20  # of all tiles at a time
 _KEPT_BYTES = 256 << 20  # what is kept for sums at a time
+_ALIGNED = 64  # elements from one rounded matrix to the next
 
 
 def tile_for(rows: int, processors: int, columns: int, itemsize: int = 4) -> Tile:
@@ -60,6 +62,28 @@ def kernel_of(source: Source) -> Any:
     return space["row_program_kernel"]
 
 
+def _in_dtype(given: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The tensors themselves, where they are of this dtype, else copies.
+
+    All by one launch, at each call, into memory of its own: nothing written into them since, however it was
+    written, can be missed, and a call on another stream, or inside a capture, meets no other's.
+    """
+    found = [t.detach() for t in given]
+    others = [at for at, t in enumerate(found) if t.dtype is not dtype]
+    if not others:
+        return found
+    sizes = [-(-found[at].numel() // _ALIGNED) * _ALIGNED for at in others]
+    room = torch.empty(sum(sizes), dtype=dtype, device=found[0].device).split(sizes)
+    copies = [
+        part[: found[at].numel()].view(found[at].shape)
+        for part, at in zip(room, others, strict=True)
+    ]
+    torch._foreach_copy_(copies, [found[at] for at in others])
+    for at, copy in zip(others, copies, strict=True):
+        found[at] = copy
+    return found
+
+
 class TritonExecutor(RowExecutor):
     """A row program as a Triton kernel; see :class:`fastwm.row_program.row_executor.RowExecutor`.
 
@@ -69,9 +93,12 @@ class TritonExecutor(RowExecutor):
         time_major: step inputs given as ``[steps, rows, *shape]``.
         kinds: by output name, what its tensor holds: ``"float"``, ``"bool"`` or ``"int"``.
         tile: sizes, else chosen by the rows of each call.
+        bf16: products of bfloat16 factors, summed in float32: matrices are rounded at the start of each call,
+            whatever they hold then, and what they are multiplied with as it is read (float32 only).
 
     Raises:
         ProgramError: something that there is no kernel for.
+        ValueError: ``bf16`` for a float64 program.
     """
 
     def __init__(
@@ -82,8 +109,24 @@ class TritonExecutor(RowExecutor):
         time_major: Collection[Any] = (),
         kinds: Mapping[Any, str] | None = None,
         tile: Tile | None = None,
+        bf16: bool = False,
     ) -> None:
         super().__init__(program, kinds, device)
+        if bf16 and program.dtype is not torch.float32:
+            raise ValueError("bfloat16 products go with float32 programs")
+        self.bf16 = bf16
+        rounded = matrices(program) if bf16 else []
+        self._rounded_at = [self.inputs.index(name) for name in rounded]
+        elsewhere = {
+            v.index
+            for instr in program.instrs
+            for at, v in enumerate(instr.args)
+            if isinstance(v, Val) and not (instr.op in PRODUCTS and at == 1)
+        }
+        elsewhere |= {v.index for v in program.roots()}
+        self._products_alone = {
+            self.inputs.index(n) for n in rounded if program.inputs[n].val.index not in elsewhere
+        }
         self.device = torch.device(device)
         self._deferred = deferred = defer_sums(program)
         self._plan = plan(deferred.program)
@@ -116,6 +159,8 @@ class TritonExecutor(RowExecutor):
 
     def _precision(self) -> str:
         """Of products, as torch's own have it on CUDA; float64 has but one."""
+        if self.bf16:
+            return "bf16"
         return matmul_precision() if self.program.dtype is torch.float32 else "ieee"
 
     def _tile_of(self, rows: int) -> Tile:
@@ -148,7 +193,7 @@ class TritonExecutor(RowExecutor):
         reverse: bool = False,
         outputs: list[torch.Tensor] | None = None,
     ) -> tuple[list[torch.Tensor], int]:
-        # Where the program has checks, this waits for the device.
+        # Where the program has checks, this waits for the device. With ``bf16`` inputs may be in bfloat16.
         if outputs is None:
             outputs = self.empty(rows, steps)
         program, kept = self.program, self._deferred.kept
@@ -157,6 +202,7 @@ class TritonExecutor(RowExecutor):
         sums = dict(zip(program.sums, outputs[count + len(finals) :], strict=True))
         for total in sums.values():
             total.zero_()
+        read = self._read(inputs)
         failed = self._never
         if program.checks:
             failed = torch.full((1,), steps, dtype=torch.int32, device=self.device)
@@ -173,7 +219,7 @@ class TritonExecutor(RowExecutor):
             ]  # fmt: skip
             if steps or finals:
                 self._launch(
-                    inputs,
+                    read,
                     [*outputs[:count], *extra],
                     finals,
                     failed,
@@ -189,6 +235,23 @@ class TritonExecutor(RowExecutor):
             return outputs, 0
         at = int(failed)
         return outputs, at + 1 if at < steps else 0
+
+    def _read(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What the kernel reads: inputs in the program's dtype, and matrices in bfloat16."""
+        rounded = _in_dtype([inputs[at] for at in self._rounded_at], torch.bfloat16)
+        if not self.bf16:
+            return [*inputs, *rounded]
+        # Of a model in bfloat16. The kernel does not look at matrices that it has in bfloat16.
+        others = [
+            at
+            for at, tensor in enumerate(inputs)
+            if tensor.dtype is torch.bfloat16 and at not in self._products_alone
+        ]
+        wide = _in_dtype([inputs[at] for at in others], self.program.dtype)
+        read = list(inputs)
+        for at, tensor in zip(others, wide, strict=True):
+            read[at] = tensor
+        return [*read, *rounded]
 
     def _launch(
         self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], finals: Sequence[torch.Tensor],

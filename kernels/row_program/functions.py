@@ -29,6 +29,25 @@ else:
         )
 
 
+if triton.knobs.runtime.interpret:
+
+    @triton.jit
+    def add_bf16_product(a, w, acc):
+        # The interpreter holds bfloat16 as 16 bits and does not compute with it: the same numbers in float32.
+        bits = a.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        a = tl.where(a == a, bits.to(tl.float32, bitcast=True), a)
+        w = (w.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        return tl.dot(a, w, acc, input_precision="ieee")
+
+else:
+
+    @triton.jit
+    def add_bf16_product(a, w, acc):
+        """``acc + a @ w``, ``a`` rounded to ``w``'s bfloat16, sums in float32."""
+        return tl.dot(a.to(tl.bfloat16), w, acc)
+
+
 @triton.jit
 def isnan(x):
     return x != x

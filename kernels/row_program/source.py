@@ -15,10 +15,10 @@ from typing import Any
 
 from fastwm.kernels.row_program.stages import GATHERS, Place, Plan, Stage, Work
 from fastwm.row_program.kinds import dtype_name
-from fastwm.row_program.ops import BINARY, REDUCE, UNARY, UNARY_GRAD
-from fastwm.row_program.program import Instr, Val
+from fastwm.row_program.ops import BINARY, PRODUCTS, REDUCE, UNARY, UNARY_GRAD
+from fastwm.row_program.program import Instr, Program, Val
 
-__all__ = ["Source", "Tile", "scratch_columns", "write"]
+__all__ = ["Source", "Tile", "matrices", "scratch_columns", "write"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def write(
     Args:
         time_major: step inputs given as ``[steps, rows, width]``.
         kinds: by output name, what its tensor holds.
-        precision: of products: ``"ieee"``, ``"tf32"`` or ``"tf32x3"``.
+        precision: of products: ``"ieee"``, ``"tf32"``, ``"tf32x3"``, or ``"bf16"`` for those with matrices in
+            bfloat16, which are arguments of their own, in the order of :func:`matrices`.
         order: of the inputs.
         local: outputs that hold the rows from ``first`` on alone.
     """
@@ -110,6 +111,14 @@ def write(
         program_plan, tile, reverse, set(time_major), dict(kinds), precision,
         {name: i for i, name in enumerate(order)}, set(local),
     ).run()  # fmt: skip
+
+
+def matrices(program: Program) -> list[Any]:
+    """Names of the uniforms that products multiply with."""
+    found = {
+        i.args[1].index for i in program.instrs if i.op in PRODUCTS and isinstance(i.args[1], Val)
+    }
+    return [name for name, item in program.inputs.items() if item.val.index in found]
 
 
 def scratch_columns(program_plan: Plan) -> int:
@@ -159,6 +168,7 @@ class _Writer:
         self.precision = precision
         self.number = number  # of each input
         self.local = local
+        self.rounded = matrices(self.program) if precision == "bf16" else []
         self.dt = f"tl.{dtype_name(self.program.dtype)}"
         self.lines: list[str] = []
         self.depth = 1
@@ -184,6 +194,7 @@ class _Writer:
     def run(self) -> Source:
         program = self.program
         arguments = [f"p_in{i}" for i in range(len(self.number))]
+        arguments += [f"p_bf16_{i}" for i in range(len(self.rounded))]
         arguments += [f"p_out{i}" for i in range(len(program.outputs))]
         arguments += [f"p_final{i}" for i in range(len(program.finals))]
         arguments += ["p_failed", "p_maps", "p_scratch", "first", "last", "rows", "steps", "tiles"]
@@ -326,7 +337,7 @@ class _Writer:
         member = instr.op == "member_linear"
         members = types[w.index].shape[0]
         block = _Block(2, "o_c", "m_n", f"({BM}, {BN})")
-        weight = f"p_in{self.number[self.plan.place(w).name]}"
+        weight = self._matrix(self.plan.place(w).name)
         if member:
             index = instr.args[3]
             assert isinstance(index, Val)
@@ -353,9 +364,7 @@ class _Writer:
             else f"o_k[:, None] * {n} + o_n[None, :]"
         )
         self.line(f"w = tl.load({weight} + ({which}{at}), mask=m_k[:, None] & m_n, other=0.0)")
-        self.line(
-            f"acc = tl.dot(a, w, acc, input_precision={self.precision!r}, out_dtype={self.dt})"
-        )
+        self.line(f"acc = {self._added_product()}")
         self.depth -= 3 if member else 1
         if isinstance(b, Val):
             p_b = f"p_in{self.number[self.plan.place(b).name]}"
@@ -377,6 +386,17 @@ class _Writer:
         block.made[work.out] = name
         self._writes(work, name, block)
         return block
+
+    def _matrix(self, name: Any) -> str:
+        """Where a matrix begins."""
+        if self.rounded:
+            return f"p_bf16_{self.rounded.index(name)}"
+        return f"p_in{self.number[name]}"
+
+    def _added_product(self) -> str:
+        if self.rounded:
+            return "f.add_bf16_product(a, w, acc)"
+        return f"tl.dot(a, w, acc, input_precision={self.precision!r}, out_dtype={self.dt})"
 
     # -- works
 

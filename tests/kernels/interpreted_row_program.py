@@ -15,9 +15,19 @@ from fastwm.engines.fused import FusedLoop
 from fastwm.row_program import Program
 from fastwm.row_program.gradient import differentiate
 from fastwm.row_program.reference import interpret
+from fastwm.tolerances import tolerance
 from tests.row_program.backward_inputs import gather
+from tests.row_program.executing import assert_near, assert_ran, run_on
 from tests.row_program.random_programs import random_program
-from tests.row_program.test_executor import CASES, SPECIAL_CASES, Build, assert_special_numbers
+from tests.row_program.test_executor import (
+    CASES,
+    INF,
+    NAN,
+    SPECIAL_CASES,
+    Build,
+    assert_special_numbers,
+    every_product,
+)  # fmt: skip
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
@@ -27,6 +37,7 @@ from fastwm.kernels.row_program import Tile, TritonExecutor  # noqa: E402
 from tests.kernels.on_triton import (  # noqa: E402
     SMALL,
     assert_rollouts_are_eager_ones,
+    bfloat16_products,
     check,
     check_gradient,
     execute,
@@ -130,6 +141,82 @@ def test_more_rows_than_all_programs_take_at_once() -> None:
     check(p, {"x": torch.randn(100, 3)}, 100, 2)
 
 
+@pytest.mark.parametrize("tile", [SMALL, Tile(64, 64, 32)], ids=str)
+def test_bfloat16_products(tile: Tile) -> None:
+    """Both factors rounded, sums and everything else in float32."""
+    p, inputs = every_product()
+    with bfloat16_products():
+        want = interpret(p, inputs, 1)
+    exact = interpret(p, inputs, 1)
+    ran = execute(p, inputs, 50, 1, tile=tile, bf16=True)
+    assert_ran(ran, want, rtol=2e-6)
+    for name in "yzmg":  # not the norm
+        assert not torch.allclose(ran.outputs[name], exact.outputs[name], rtol=1e-4, atol=1e-4)
+    special = torch.tensor([NAN, INF, -INF, 3.4e38, 1e-45, 1.00390625, 1.01171875])
+    inputs["a"].view(-1)[: len(special)] = special
+    inputs["x"] = torch.eye(50, 40)
+    inputs["x"][40:, :2] = torch.tensor([1.00390625, NAN])
+    with bfloat16_products():
+        want = interpret(p, inputs, 1)
+    ran = execute(p, inputs, 50, 1, tile=tile, bf16=True)
+    assert ran.outputs["y"].isnan().equal(want.outputs["y"].isnan())
+    assert_ran(ran, want, rtol=2e-6)
+
+
+def test_bfloat16_matrices_are_those_of_the_call() -> None:
+    p, inputs = every_product()
+    executor = TritonExecutor(p, "cpu", tile=SMALL, bf16=True)
+    for name in "acde":
+        inputs[name].data.neg_()  # seen by no version
+        with bfloat16_products():
+            want = interpret(p, inputs, 1)
+        assert_ran(run_on(executor, inputs, 50, 1), want, rtol=2e-6)
+
+
+def test_bfloat16_products_backward() -> None:
+    """Gradients of weights are sums of float32, taken after the sweep."""
+    p = Program()
+    x, s = p.input("x", "carry", (6,)), p.input("s", "step", (5,))
+    w, v = p.input("w", "uniform", (20, 11)), p.input("v", "uniform", (20, 6))
+    hidden = p.emit("linear", p.emit("concat", x, s), w, None, layout="nk", act="tanh")
+    p.carries["x"] = p.outputs["y"] = p.emit("linear", hidden, v, None, layout="kn")
+    gradient = differentiate(p, ["x", "s", "w", "v"], ["y"])
+    inputs = {"x": torch.randn(20, 6), "s": torch.randn(20, 4, 5)}
+    inputs |= {"w": torch.randn(20, 11), "v": torch.randn(20, 6) / 4}
+    with bfloat16_products():
+        forward = interpret(gradient.forward, inputs, 4)
+    back = gather(gradient, inputs, forward.outputs, {"y": torch.randn(20, 4, 6)})
+    with bfloat16_products():
+        want = interpret(gradient.backward, back, 4, reverse=True)
+    ran = execute(gradient.backward, back, 20, 4, reverse=True, bf16=True)
+    # A factor near the middle of two bfloat16 numbers may be rounded to either, 2**-8 apart: in a few of
+    # the 16 to 80 terms of a sum.
+    assert_ran(ran, want, rtol=2.0**-9)
+
+
+def test_inputs_in_bfloat16_are_read_as_they_are() -> None:
+    """Those of a model in bfloat16: nothing is copied that the kernel does not look at."""
+    p, inputs = every_product()
+    p.outputs["w"] = p.emit("row", p.inputs["f"].val)  # a uniform that is no matrix
+    inputs = {
+        n: t.bfloat16() if p.type(p.inputs[n].val).kind == "float" else t for n, t in inputs.items()
+    }
+    with bfloat16_products():
+        want = interpret(p, inputs, 1)
+    executor = TritonExecutor(p, "cpu", tile=SMALL, bf16=True)
+    given = [inputs[n].long() if n == "i" else inputs[n] for n in executor.inputs]
+    read = executor._read(given)
+    assert all(read[executor.inputs.index(n)] is given[executor.inputs.index(n)] for n in "acde")
+    outputs, _ = executor.run(given, 50, 1)
+    for name, value in zip(executor.results, outputs, strict=True):
+        assert_near(value, want.outputs[name], 2e-6)
+
+
+def test_bfloat16_is_for_float32() -> None:
+    with pytest.raises(ValueError, match="float32"):
+        TritonExecutor(Program(dtype=torch.float64), "cpu", bf16=True)
+
+
 @pytest.mark.parametrize("tile", [Tile(16, 16, 16), Tile(16, 256, 64), Tile(64, 64, 32)], ids=str)
 def test_every_tile_gives_the_same(tile: Tile) -> None:
     made = random_program(3, depth=12, max_width=40)
@@ -197,19 +284,44 @@ def test_the_same_bits_at_every_run() -> None:
         assert torch.equal(value, second[name])
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_an_env_on_these_kernels_is_the_eager_one(
-    grad: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Noise, names, gradients and all: what stands between a rollout and the kernels."""
-    made: list[TritonExecutor] = []
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[TritonExecutor]:
+    """The fused engine runs on these kernels; those that it made."""
+    found: list[TritonExecutor] = []
 
     def executor_of(
         self: FusedLoop, program: Program, time_major: Any, kinds: Any = None, *, bf16: bool = False
     ) -> TritonExecutor:
-        made.append(TritonExecutor(program, "cpu", time_major=time_major, kinds=kinds, tile=SMALL))
-        return made[-1]
+        found.append(
+            TritonExecutor(
+                program, "cpu", time_major=time_major, kinds=kinds, tile=SMALL, bf16=bf16
+            )
+        )
+        return found[-1]
 
     monkeypatch.setattr(FusedLoop, "executor_of", executor_of)
+    return found
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_env_on_these_kernels_is_the_eager_one(grad: bool, made: list[TritonExecutor]) -> None:
+    """Noise, names, gradients and all: what stands between a rollout and the kernels."""
     assert_rollouts_are_eager_ones("cpu", grad=grad)
     assert made
+    assert not any(executor.bf16 for executor in made)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_env_in_bfloat16_on_these_kernels(grad: bool, made: list[TritonExecutor]) -> None:
+    bound = tolerance("rollout.gradient" if grad else "rollout", torch.bfloat16).rtol
+    assert_rollouts_are_eager_ones("cpu", grad=grad, dtype=torch.bfloat16, tolerance=bound)
+    assert made
+    assert all(executor.bf16 for executor in made)
+
+
+def test_an_env_with_bfloat16_weights_on_these_kernels(made: list[TritonExecutor]) -> None:
+    bound = tolerance("rollout.bf16_weights", torch.float32).rtol
+    half = torch.bfloat16
+    assert_rollouts_are_eager_ones("cpu", grad=False, fused_weights=half, tolerance=bound)
+    assert made
+    assert all(executor.bf16 for executor in made)

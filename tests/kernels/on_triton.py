@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -25,6 +25,7 @@ from fastwm.bench.suites import Parts
 from fastwm.kernels.row_program import Tile, TritonExecutor
 from fastwm.row_program import Program
 from fastwm.row_program.gradient import differentiate
+from fastwm.row_program.ops import PRODUCTS, REFERENCES
 from fastwm.row_program.reference import interpret
 from tests.row_program.backward_inputs import gather
 from tests.row_program.executing import Ran, assert_ran, run_on
@@ -44,12 +45,15 @@ def execute(
     kinds: Mapping[Any, str] | None = None,
     tile: Tile | None = SMALL,
     device: str = "cpu",
+    bf16: bool = False,
 ) -> Ran:
     """Run a program, its results into buffers full of NaN; they come back to the CPU.
 
     In the interpreter it is also watched for accesses that no barrier parts.
     """
-    executor = TritonExecutor(program, device, time_major=time_major, kinds=kinds, tile=tile)
+    executor = TritonExecutor(
+        program, device, time_major=time_major, kinds=kinds, tile=tile, bf16=bf16
+    )
     with races_found() if device == "cpu" else nullcontext([]) as races:
         ran = run_on(
             executor, inputs, rows, steps, reverse=reverse, time_major=time_major, device=device
@@ -73,6 +77,25 @@ def check(
             raise AssertionError(
                 f"{dtype}, rows {rows}, steps {steps}: {error}\n{program}"
             ) from error
+
+
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Within it the reference interpreter's products have both factors rounded."""
+
+    def rounded(op: str) -> Callable[..., torch.Tensor]:
+        def product(x: torch.Tensor, w: torch.Tensor, *rest: Any, **attrs: Any) -> torch.Tensor:
+            x, w = (t.bfloat16().to(t.dtype) for t in (x, w))
+            return plain[op](x, w, *rest, **attrs)
+
+        return product
+
+    plain = dict(REFERENCES)
+    REFERENCES.update({op: rounded(op) for op in PRODUCTS})
+    try:
+        yield
+    finally:
+        REFERENCES.update(plain)
 
 
 def check_gradient(
@@ -108,8 +131,9 @@ class Step(torch.nn.Module):
 
 
 def assert_rollouts_are_eager_ones(
-    device: str, *, grad: bool, rows: int = 5, tolerance: float = 2e-5
-) -> None:
+    device: str, *, grad: bool, rows: int = 5, tolerance: float = 2e-5,
+    dtype: torch.dtype = torch.float32, fused_weights: torch.dtype | None = None,
+) -> None:  # fmt: skip
     """A sampled policy on a recurrent model: every entry and every gradient, from the same seed."""
     torch.manual_seed(0)
     policy = ProbabilisticTensorDictSequential(
@@ -119,11 +143,13 @@ def assert_rollouts_are_eager_ones(
     )
     reward = TensorDictModule(torch.nn.Linear(6, 1), [("next", "latent")], [("next", "reward")])
     dynamics = TensorDictModule(Step(), ["latent", "action"], [("next", "latent")])
-    parts = Parts(*(module.to(device) for module in (dynamics, reward, policy)))
+    parts = Parts(*(module.to(device, dtype) for module in (dynamics, reward, policy)))
     env = environment(
         parts, {"latent": 6}, 2, rows, device, fastwm.WorldModel, fastwm.WorldModelEnv
     )
-    start = TensorDict({"latent": torch.randn(rows, 6, device=device, requires_grad=grad)}, [rows])
+    env.fused_weights = fused_weights
+    latent = torch.randn(rows, 6, device=device).to(dtype).requires_grad_(grad)
+    start = TensorDict({"latent": latent}, [rows])
     found = {}
     for backend in ("eager", "fused"):
         torch.manual_seed(1)

@@ -54,6 +54,7 @@ def test_every_kernel_compiles_within_the_limits_of_the_chips(tmp_path: Path) ->
         assert 0 < row["registers"] <= 255, row
         if row["variant"].endswith("tf32"):
             assert row["tensor_core_products"] > 0, row
+        assert bool(row["bf16_products"]) is row["variant"].endswith("bf16"), row
     recorded = {key(row) for row in rows(RECORD)}
     assert {key(row) for row in compiled} <= recorded, (
         f"record again: python -m fastwm.kernels.aot --record {RECORD.relative_to(ROOT)}"

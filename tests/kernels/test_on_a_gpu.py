@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastwm.tolerances import tolerance
 from tests.row_program.random_programs import random_program
 
 pytestmark = pytest.mark.gpu
@@ -44,6 +45,27 @@ def test_rollouts_are_eager_ones(rows: int, grad: bool) -> None:
     from tests.kernels.on_triton import assert_rollouts_are_eager_ones
 
     assert_rollouts_are_eager_ones("cuda", grad=grad, rows=rows, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 5000])
+@pytest.mark.parametrize("grad", [False, True])
+def test_rollouts_in_bfloat16(rows: int, grad: bool) -> None:
+    from tests.kernels.on_triton import assert_rollouts_are_eager_ones
+
+    bound = tolerance("rollout.gradient" if grad else "rollout", torch.bfloat16).rtol
+    assert_rollouts_are_eager_ones(
+        "cuda", grad=grad, rows=rows, dtype=torch.bfloat16, tolerance=bound
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 17, 5000])
+def test_rollouts_with_bfloat16_weights(rows: int) -> None:
+    from tests.kernels.on_triton import assert_rollouts_are_eager_ones
+
+    assert_rollouts_are_eager_ones(
+        "cuda", grad=False, rows=rows, fused_weights=torch.bfloat16,
+        tolerance=tolerance("rollout.bf16_weights", torch.float32).rtol,
+    )  # fmt: skip
 
 
 def test_inside_somebody_elses_capture() -> None:

@@ -784,7 +784,7 @@ def test_a_row_does_not_know_of_the_others(seed: int) -> None:
 # ---------------------------------------------------------------- weights
 
 
-def _weights() -> tuple[Program, dict[str, torch.Tensor]]:
+def every_product() -> tuple[Program, dict[str, torch.Tensor]]:
     p = Program()
     x = p.input("x", "context", (40,))
     a, b = p.input("a", "uniform", (23, 40)), p.input("b", "uniform", (23,))
@@ -804,7 +804,7 @@ def _weights() -> tuple[Program, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_weights_written_in_place_are_seen(isa: int, dtype: torch.dtype) -> None:
-    p, inputs = _weights()
+    p, inputs = every_product()
     p.dtype = dtype
     given = given_as(p, inputs)
     executor = Executor(p, isa=isa)
@@ -839,7 +839,7 @@ def test_weights_written_in_place_are_seen(isa: int, dtype: torch.dtype) -> None
 
 
 def test_weights_are_packed_only_when_they_differ() -> None:
-    p, inputs = _weights()
+    p, inputs = every_product()
     executor = Executor(p)
     given = given_as(p, inputs)
     execute(p, given, 50, 1, executor=executor)
@@ -858,7 +858,7 @@ def test_weights_are_packed_only_when_they_differ() -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_bfloat16_weights(isa: int) -> None:
     """Products of rounded weights: biases and norms stay as they are."""
-    p, inputs = _weights()
+    p, inputs = every_product()
     rounded = {n: t.bfloat16().float() if n in "acde" else t for n, t in inputs.items()}
     want = interpret(p, rounded, 1)
     executor = Executor(p, isa=isa, bf16=True)

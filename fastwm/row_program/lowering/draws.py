@@ -148,7 +148,7 @@ def _draw(s: Step, c: Call) -> Laid:
         raise NotLowerable(f"aten.{c.name} with parameters that the step computes")
     known = tensors[0].dims if tensors else None
     make = s.redraw(c, meta)
-    if meta.dtype.is_floating_point and meta.dtype is not s.b.program.dtype:
+    if meta.dtype.is_floating_point and meta.dtype is not s.floats:
         return s.unreadable(c, meta, make)
     kind, bound, limits = s.kind(meta), None, None
     if kind == "int":
@@ -209,6 +209,7 @@ def _bernoulli(s: Step, c: Call, meta: Meta, p: Laid) -> Laid:
         raise NotLowerable(f"bernoulli of computed probabilities on {meta.device.type}")
     if p.kind != "float":
         raise NotLowerable("bernoulli of probabilities that are no floats")
+    s.refuse_ties("bernoulli")
     shape, dtype = tuple(meta.shape), s.b.program.dtype
     generator = c.get("generator")
 

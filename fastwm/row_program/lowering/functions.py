@@ -24,7 +24,7 @@ def _tanhs(*names: str) -> list[Any]:
 
 def _limit(s: Step, args: list[Any]) -> float:
     eps = args[1] if len(args) > 1 and args[1] is not None else None
-    return 1.0 - (torch.finfo(s.b.program.dtype).resolution if eps is None else float(eps))
+    return 1.0 - (torch.finfo(s.floats).resolution if eps is None else float(eps))
 
 
 def call_function(s: Step, op: Op, args: list[Any]) -> Laid:

@@ -40,6 +40,7 @@ class Lowered:
         passed: output names that are an input which no step changes -> the name of that input.
         frozen: uniforms whose gradients must not reach the constants.
         rows: the size of the batch.
+        floats: dtype of the step's floats: the program's, or bfloat16, which the program holds in float32.
     """
 
     program: Program
@@ -51,6 +52,7 @@ class Lowered:
     passed: dict[Any, Any] = field(default_factory=dict)
     frozen: set[Any] = field(default_factory=set)
     rows: int = 1
+    floats: torch.dtype = torch.float32
 
     @property
     def time_major(self) -> set[Any]:
@@ -79,7 +81,8 @@ def lower(
         carried: input names whose value the step hands on as ``("state", name)``.
         fed: input names given anew at each step.
         dim: how many leading dims are the batch.
-        dtype: of the program's floats; the graph's own by default, and no other is possible.
+        dtype: of the program's floats; the graph's own by default (of a bfloat16 graph: float32), and no
+            other is possible.
         optimised: run the passes.
 
     Raises:
@@ -89,13 +92,13 @@ def lower(
         See :mod:`fastwm.row_program.lowering`.
     """
     carried, fed = list(carried), list(fed)
-    dtype = _dtype(graph, dtype)
+    floats = _floats(graph, dtype)
     if not graph.inputs:
         raise NotLowerable("a step without inputs")
-    first = StepLowering(graph, dim, dtype)
+    first = StepLowering(graph, dim, floats)
     error: Misfit | None = None
     for choices in _choices(first):
-        step = first if not choices else StepLowering(graph, dim, dtype, choices)
+        step = first if not choices else StepLowering(graph, dim, floats, choices)
         try:
             return _lower(step, graph, carried, fed, optimised)
         except Misfit as mix:
@@ -112,13 +115,15 @@ def _choices(first: StepLowering) -> Iterable[tuple[int, ...]]:
     yield from itertools.islice(combinations, 1, _TRIES)
 
 
-def _dtype(graph: StepGraph, asked: torch.dtype | None) -> torch.dtype:
+def _floats(graph: StepGraph, asked: torch.dtype | None) -> torch.dtype:
     inputs = [graph.metas[v.index].dtype for v in graph.inputs.values()]
     given = [d for d in (*inputs, *(t.dtype for _, t in graph.constants)) if d.is_floating_point]
     complex_ = [m.dtype for m in graph.metas.values() if m.dtype.is_complex]
     if complex_:
         raise NotLowerable(f"{dtype_name(complex_[0])} values")
     found = given[0] if given else asked or torch.get_default_dtype()
+    if asked is None and set(given) == {torch.bfloat16}:
+        return torch.bfloat16
     for d in given:
         if d not in (torch.float32, torch.float64):
             where = "inputs" if d in inputs else "parameters"
@@ -173,6 +178,7 @@ def _lower(
         passed=passed,
         frozen={u.name for u in uniforms if u.frozen},
         rows=_rows(step),
+        floats=step.floats,
     )
 
 

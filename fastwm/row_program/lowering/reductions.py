@@ -31,6 +31,8 @@ def _dims(x: Laid, given: Any) -> list[int]:
 
 def reduced(s: Step, op: str, x: Laid, dims: Sequence[int], keep: bool) -> Laid:
     """Emit a reduction of ``[*G, n]``."""
+    if op.startswith("arg") and x.kind == "float":
+        s.refuse_ties("the largest or smallest")
     x = s.b.as_row(x)
     if not x.dims:
         dims = []
@@ -188,7 +190,7 @@ def _rms_norm(s: Step, c: Call) -> Any:
     count = len(c["normalized_shape"])
     dims = list(range(len(x.dims) - count, len(x.dims)))
     eps = c.get("eps")
-    eps = torch.finfo(s.b.program.dtype).eps if eps is None else eps
+    eps = torch.finfo(s.floats).eps if eps is None else eps
     mean = reduced(s, "mean", s.b.unary("square", x), dims, True)
     scale = s.b.unary("rsqrt", s.b.elementwise("add", mean, float(eps)))
     out = s.b.elementwise("mul", x, scale)

@@ -51,16 +51,20 @@ class StepLowering:
     """Lowers one step.
 
     Args:
+        floats: dtype of the graph's floats. The program computes with bfloat16 ones in float32, and rounds
+            none of them: what is rounded is what the caller is given.
         choices: which placement to take for each draw whose batch could lie in several places.
     """
 
     def __init__(
-        self, graph: StepGraph, dim: int, dtype: torch.dtype, choices: Sequence[int] = ()
+        self, graph: StepGraph, dim: int, floats: torch.dtype, choices: Sequence[int] = ()
     ) -> None:
         self.graph = graph
         self.dim = dim
         first = next(iter(graph.inputs.values()))
         batch = graph.metas[first.index].shape[:dim]
+        self.floats = floats
+        dtype = torch.float32 if floats is torch.bfloat16 else floats
         self.b = Builder(dtype, [t for _, t in graph.constants], batch)
         self.draws: list[Draw] = []
         self.choices = choices
@@ -233,12 +237,19 @@ class StepLowering:
     def kind(self, meta: Meta | None, what: str = "a value", fixed: bool = False) -> str:
         assert meta is not None
         dtype = meta.dtype
-        allowed = (self.b.program.dtype, torch.bool, torch.int64, torch.int32)
+        allowed = (self.floats, self.b.program.dtype, torch.bool, torch.int64, torch.int32)
         if dtype not in allowed and not (fixed and dtype.is_floating_point and dtype.itemsize > 2):
             raise NotLowerable(
                 f"{what} of dtype {dtype_name(dtype)} in a step of {dtype_name(self.b.program.dtype)}"
             )
         return kind_of(dtype)
+
+    def refuse_ties(self, what: str) -> None:
+        """A choice among bfloat16 values, where ties are common, hangs on how eager rounded them."""
+        if self.floats is torch.bfloat16:
+            raise NotLowerable(
+                f"{what} of bfloat16 values, whose ties eager breaks by its roundings"
+            )
 
     # -- pieces for the ops
 
