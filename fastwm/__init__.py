@@ -1,6 +1,6 @@
 """fastwm: TorchRL's world-model API at the speed of the machine."""
 
-from fastwm import _requirements  # noqa: F401 (first: names what is missing)
+from fastwm import _requirements, planning  # noqa: F401 (the first names what is missing)
 from fastwm.acceleration import accelerate
 from fastwm.backends import backend
 from fastwm.backends import requested as requested_backend
@@ -27,6 +27,7 @@ __all__ = [
     "gaussian_nll",
     "lambda_return",
     "patch",
+    "planning",
     "requested_backend",
     "two_hot_cross_entropy",
     "unpatch",

@@ -1,0 +1,156 @@
+"""A plan's step, cut down to what a planner reads of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastwm.engines.captured import CapturedLoop, ChecksFailed, Tensors
+from fastwm.engines.fused import FusedLoop
+from fastwm.plan import Plan
+from fastwm.step_graph import StepGraph
+
+__all__ = ["Piece", "cut"]
+
+
+def cut(graph: StepGraph, wanted: Collection[Any], carried: Collection[Any]) -> StepGraph:
+    """The part of a step that computes these outputs: ``("td", path)`` of one step, and what it carries on.
+
+    With nothing carried, the step ends where they are known: numbers that it would draw later are not drawn.
+    """
+    outputs = {
+        name: value
+        for name, value in graph.outputs.items()
+        if name in wanted or (name[0] == "state" and name[1] in carried)
+    }
+    ops, checks = list(graph.ops), list(graph.checks)
+    if not carried:
+        unread = [replace(op, draws=False) for op in ops]
+        needed = _part(graph, unread, outputs, [])
+        made = {op.outputs for op in needed.ops}
+        ops = ops[: max((i + 1 for i, op in enumerate(ops) if op.outputs in made), default=0)]
+        known = {o for op in ops for o in op.outputs}
+        checks = [check for check in checks if check in known]
+    return _part(graph, ops, outputs, checks)
+
+
+def _part(
+    graph: StepGraph, ops: list[Any], outputs: dict[Any, Any], checks: list[Any]
+) -> StepGraph:
+    part = StepGraph(
+        dict(graph.inputs), list(graph.constants), ops, outputs, checks, graph.storage, graph.metas,
+        graph.fresh,
+    )  # fmt: skip
+    part.prune()
+    return part
+
+
+class Piece:
+    """So many steps of a plan, on one engine, for a few of their results.
+
+    Args:
+        plan: holds the traced step; its watch is its caller's to ask.
+        wanted: paths of the results.
+        steps: how many.
+        fused: on the fused engine, else the captured one.
+        follows: whether a step starts from what the one before it left; else there is one, cut short.
+        compiler: of the captured engine's step.
+        unfused: why it is not on the fused engine, to be told.
+
+    Raises:
+        NotFusible: the fused engine does not take it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        wanted: Sequence[Any],
+        steps: int,
+        *,
+        fused: bool,
+        follows: bool = True,
+        compiler: Any = None,
+        unfused: str = "",
+    ) -> None:
+        traced = plan.traced
+        self.plan = plan
+        self.steps = steps
+        self.unfused = unfused
+        carried = traced.carried if follows else ()
+        names = [("td", path) for path in wanted]
+        graph = cut(traced.graph, names, carried)
+        kept = {value.index for value, _ in graph.constants}
+        self._kept = [i for i, (v, _) in enumerate(traced.graph.constants) if v.index in kept]
+        self.graph = graph
+        self.fused: FusedLoop | None = None
+        self.loop: CapturedLoop | None = None
+        if fused:
+            self.fused = FusedLoop(
+                graph, carried, traced.fed, (), traced.dim,
+                constants=self.constants(), wanting=None, bf16=_rounds(plan),
+            )  # fmt: skip
+        else:
+            self.loop = CapturedLoop(
+                graph, carried, traced.fed, (), traced.dim, grad=False, compiler=compiler
+            )
+
+    @property
+    def engine(self) -> str:
+        return "captured" if self.fused is None else "fused"
+
+    def constants(self) -> list[torch.Tensor]:
+        """Parameters and buffers, as they are now."""
+        return [self.plan.constants[i] for i in self._kept]
+
+    def run(
+        self,
+        inputs: Tensors,
+        actions: torch.Tensor | None,
+        checks: list[torch.Tensor] | None = None,
+    ) -> Tensors:
+        """Run the steps.
+
+        Args:
+            inputs: the start's leaves by path, ``[rows, ...]``, contiguous.
+            actions: ``[rows, steps, *A]``, where the step is given them.
+            checks: takes the checks that the step makes, instead of their being looked at here: nothing then
+                waits for the device.
+
+        Returns:
+            By path, ``[rows, steps, ...]``.
+
+        Raises:
+            ChecksFailed: the eager path would have raised.
+        """
+        feed = None if actions is None else _feed(actions)
+        if self.fused is not None:
+            _, results = self.fused.run(self.steps, inputs, self.constants(), feed, stop=False)
+            return results
+        assert self.loop is not None
+        run = self.loop.record
+        _, results, found = run(
+            self.steps, inputs, self.constants(), feed, stop=False, exact=self.plan.exact
+        )
+        if checks is not None:
+            checks += found
+        elif found and not bool(torch.stack(found).all()):
+            raise ChecksFailed
+        return results
+
+    def __str__(self) -> str:
+        if self.fused is not None:
+            return str(self.fused)
+        assert self.loop is not None
+        return self.loop.source()
+
+
+def _feed(actions: torch.Tensor) -> Callable[[], Sequence[torch.Tensor]]:
+    source = iter(actions.unbind(1))
+    return lambda: (next(source),)
+
+
+def _rounds(plan: Plan) -> bool:
+    return plan.fused is not None and plan.fused.bf16

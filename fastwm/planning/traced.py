@@ -1,0 +1,149 @@
+"""Imagination on raw tensors: the env's step under each policy, traced once, on the engines of rollouts."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from fastwm.engines.fused import NotFusible
+from fastwm.fast_env import FastEnv
+from fastwm.plan import fuse_now, plan_for
+from fastwm.planning.imagination import Imagination, Imagined, Keys, Path, mean_of_pair, rows_of
+from fastwm.planning.pieces import Piece
+from fastwm.request import Feed, NotCapturable, Request
+from fastwm.specs import next_key
+
+__all__ = ["Ask", "TracedImagination"]
+
+Ask = tuple[str, int]  # "candidates", "policy" or "value", and for how many of each environment
+
+_KEPT = 32  # pieces kept per planner
+# Beside the planners and not in them: a planner is walked, copied and pickled like any module.
+_pieces: WeakKeyDictionary[nn.Module, OrderedDict[Any, Piece]] = WeakKeyDictionary()
+
+
+class TracedImagination(Imagination):
+    """Rollouts without TensorDict.
+
+    Args:
+        owner: the planner, whose pieces are kept for its next decision.
+        env: traced.
+        asks: all that will be asked in this decision.
+        engine: ``"auto"``, ``"fused"`` or ``"captured"``.
+        action: one action, ``[*A]``, for its dtype.
+
+    Raises:
+        NotCapturable: with the one thing that rules it out.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        env: FastEnv,
+        start: TensorDictBase,
+        keys: Keys,
+        horizon: int,
+        asks: Sequence[Ask],
+        engine: str,
+        action: Tensor,
+        policy: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        bootstrap: Callable[[TensorDictBase], TensorDictBase] | None = None,
+    ) -> None:
+        super().__init__(start, keys, horizon)
+        self.owner = owner
+        self.env = env
+        self.engine = engine
+        self.action = action
+        self._policies = {"candidates": None, "policy": policy, "value": bootstrap}
+        self.pieces: dict[Ask, Piece] = {}
+        self._leaves: dict[int, dict[Path, Tensor]] = {}
+        #: The checks of all pieces, where they are not to be looked at.
+        self.checks: list[Tensor] | None = None
+        for kind, count in asks:
+            self.pieces[kind, count] = self._bind(kind, count)
+
+    # -- binding
+
+    def _bind(self, kind: str, count: int) -> Piece:
+        env, keys = self.env, self.keys
+        follows = kind != "value"
+        steps = self.horizon if follows else 1
+        policy = self._policies[kind]
+        td = rows_of(self.start, count)
+        request = Request(steps, policy, auto_reset=False, break_when_any_done=False, tensordict=td)
+        request.refuse(env)
+        feed = None
+        if policy is None:
+            actions = self.action.expand(td.batch_size[0], *self.action.shape)
+            feed = Feed((keys.action,), lambda: (actions,), (actions,))
+        plan, leaves = plan_for(env, request, td, feed, patient=self.engine != "auto")
+        if self.engine == "fused":
+            fuse_now(env, plan, leaves, feed)
+        self._leaves[count] = {path: value.contiguous() for path, value in leaves.items()}
+        known = _pieces.setdefault(self.owner, OrderedDict())
+        name = (id(plan), kind, steps, self.engine)
+        if name not in known:
+            known[name] = self._make(plan, kind, steps)
+            while len(known) > _KEPT:
+                known.popitem(last=False)
+        known.move_to_end(name)
+        return known[name]
+
+    def _make(self, plan: Any, kind: str, steps: int) -> Piece:
+        keys = self.keys
+        if kind == "value":
+            assert keys.value is not None
+            wanted = [keys.value]
+        else:
+            wanted = [keys.reward, *(next_key(path) for path in keys.carried)]
+            if plan.flags_vary():
+                wanted += keys.done
+            if kind == "policy":
+                wanted.append(keys.action)
+        for path in wanted:
+            if ("td", path) not in plan.traced.graph.outputs:
+                raise NotCapturable(f"no step writes {path}")
+        follows = kind != "value"
+        reason = plan.unfused or (plan.fused.slower if plan.fused is not None else "")
+        if plan.fused is not None and (self.engine == "fused" or not reason):
+            try:
+                if self.engine != "captured":
+                    return Piece(plan, wanted, steps, fused=True, follows=follows)
+            except NotFusible as error:
+                reason = str(error)
+        if self.engine == "fused":
+            raise NotCapturable(f"{kind}: {reason}")
+        compiler = self.env.step_compiler()
+        return Piece(
+            plan, wanted, steps, fused=False, follows=follows, compiler=compiler, unfused=reason
+        )
+
+    # -- running
+
+    def candidates(self, actions: Tensor) -> Imagined:
+        count = actions.shape[1]
+        given = actions.flatten(0, 1)
+        results = self.pieces["candidates", count].run(self._leaves[count], given, self.checks)
+        return self._taken(count, given, results)
+
+    def policy(self, count: int) -> Imagined:
+        results = self.pieces["policy", count].run(self._leaves[count], None, self.checks)
+        return self._taken(count, results[self.keys.action], results)
+
+    def value(self, last: dict[Path, Tensor], pair: Tensor) -> Tensor:
+        assert self.keys.value is not None
+        count = next(iter(last.values())).shape[1]
+        inputs = dict(self._leaves[count])
+        inputs.update({path: value.flatten(0, 1).contiguous() for path, value in last.items()})
+        results = self.pieces["value", count].run(inputs, None, self.checks)
+        return mean_of_pair(results[self.keys.value].reshape(self.batch, count, -1), pair)
+
+    def _taken(self, count: int, actions: Tensor, results: dict[Path, Tensor]) -> Imagined:
+        last = {path: results[next_key(path)][:, -1] for path in self.keys.carried}
+        done = tuple(path for path in self.keys.done if path in results)
+        return self._imagined(count, actions, results.__getitem__, last, done)
