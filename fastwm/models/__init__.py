@@ -5,5 +5,6 @@ A family is one file here and one line below. It knows no engine: what makes it 
 """
 
 from fastwm.models.family import Family
+from fastwm.models.tdmpc2 import tdmpc2
 
-__all__ = ["Family"]
+__all__ = ["Family", "tdmpc2"]
