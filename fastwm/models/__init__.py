@@ -5,6 +5,23 @@ A family is one file here and one line below. It knows no engine: what makes it 
 """
 
 from fastwm.models.family import Family
+from fastwm.models.rssm.dreamer_v1 import dreamer_v1
+from fastwm.models.rssm.family import RSSMFamily
+from fastwm.models.rssm.filter import RSSMFilter
+from fastwm.models.rssm.loss import DreamerModelLoss
+from fastwm.models.rssm.planet import planet
+from fastwm.models.rssm.posterior import RSSMRollout
+from fastwm.models.rssm.rows import insert_resets
 from fastwm.models.tdmpc2 import tdmpc2
 
-__all__ = ["Family", "tdmpc2"]
+__all__ = [
+    "DreamerModelLoss",
+    "Family",
+    "RSSMFamily",
+    "RSSMFilter",
+    "RSSMRollout",
+    "dreamer_v1",
+    "insert_resets",
+    "planet",
+    "tdmpc2",
+]
