@@ -5,6 +5,7 @@ A family is one file here and one line below. It knows no engine: what makes it 
 """
 
 from fastwm.models.family import Family
+from fastwm.models.mbpo import mbpo
 from fastwm.models.rssm.dreamer_v1 import dreamer_v1
 from fastwm.models.rssm.family import RSSMFamily
 from fastwm.models.rssm.filter import RSSMFilter
@@ -22,6 +23,7 @@ __all__ = [
     "RSSMRollout",
     "dreamer_v1",
     "insert_resets",
+    "mbpo",
     "planet",
     "tdmpc2",
 ]
