@@ -177,6 +177,7 @@ def _kind_of_call(request: Request) -> Any:
         return None
     names = given._td_dim_names
     kind: list[Any] = [policy, given._batch_size, given._device, names and tuple(names)]
+    kind.append(given._device is None and request.steps_on)
     for key, item in given._tensordict.items():
         if key == "next":  # left from another step
             continue

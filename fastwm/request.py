@@ -103,6 +103,14 @@ class Request:
             return not self.break_when_all_done
         return bool(self.break_when_any_done)
 
+    @property
+    def steps_on(self) -> bool:
+        """Whether steps are taken by ``step_and_maybe_reset``, which names the env's device in each."""
+        steps = self.max_steps
+        if self.actions is not None and hasattr(self.actions, "__len__"):
+            steps = min(steps, len(self.actions))
+        return steps > 1 and not (self.stops or self.break_when_all_done)
+
     def compatible_policy(self, env: FastEnv) -> Any:
         """The policy as ``EnvBase.rollout`` wraps it."""
         return _make_compatible_policy(

@@ -131,6 +131,13 @@ class _RandomState:
 
 def start_of(env: FastEnv, request: Request) -> TensorDictBase:
     """The tensordict of the first step, as ``EnvBase.rollout`` gets it."""
+    start = _made_start(env, request)
+    if start.device is None and env.device is not None and request.steps_on:
+        start = start.to(env.device)
+    return start
+
+
+def _made_start(env: FastEnv, request: Request) -> TensorDictBase:
     given = env.own_start(request)
     if not request.auto_reset:
         return env.maybe_reset(given)
