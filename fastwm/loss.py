@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,11 +12,27 @@ from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.nn import dispatch
 from tensordict.utils import NestedKey, unravel_key
 from torch.compiler import is_compiling
+from torchrl.envs.utils import set_exploration_type
+from torchrl.modules.tensordict_module.rnn import set_recurrent_mode
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import distance_loss
 
 from fastwm.backends import check_name, requested
+from fastwm.explain import Explanation
+from fastwm.explain_loss import explain_loss
+from fastwm.guarded_trace import BadCall
+from fastwm.loss_pairs import (
+    Pair,
+    check_probabilities,
+    leading,
+    listed,
+    missing,
+    paired,
+    path_of,
+)
+from fastwm.loss_plan import LossPlan, plan_for
 from fastwm.ops.sub_losses import elementwise, sub_losses, why_not_in_kernel
+from fastwm.process_modes import NotCapturable
 
 __all__ = ["WorldModelLoss"]
 
@@ -25,6 +42,9 @@ DISTANCES = ("l1", "l2", "smooth_l1")
 # Only a flag has a cross-entropy.
 CROSS_ENTROPIES = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
 REDUCTIONS = ("mean", "sum", "none")
+UNMEASURED = "its kernel has not been measured on a GPU yet"
+
+_Compared = tuple[tuple[dict[str, Any], str], list[torch.Tensor]]
 
 
 class WorldModelLoss(LossModule):
@@ -70,11 +90,16 @@ class WorldModelLoss(LossModule):
             are 0), as in every ``LossModule``; by default those are the ones that torchrl itself
             marks, such as the padding of a ``SliceSampler``. ``loss.loss_mask_key = None`` counts
             everything.
-        backend: ``"fused"`` computes all sub-losses in one call of a C++ or Triton kernel, and
-            their gradients in another: scalar reductions, predictions in float32 or float64 with
-            targets of their dtype (or bool), all on one device. The values are those of eager
-            within ``fastwm/tolerances.py``. ``"auto"`` (default) takes it on the CPU where it can
-            and is ``"eager"`` elsewhere. There is no ``"captured"`` for losses.
+        backend: ``"captured"`` traces the whole call once for each kind of batch, world model and
+            sub-losses, and runs the trace without TensorDict and modules; on CUDA as one graph, and
+            its backward as another (a backward from some of several losses, or one that is to be
+            differentiated itself, runs the trace without them). ``"fused"`` runs the world model
+            eagerly and computes all sub-losses in one call of a C++ or Triton kernel, and their
+            gradients in another: scalar reductions, predictions in float32 or float64 with targets
+            of their dtype (or bool), all on one device. ``"captured"`` uses that kernel, too, where
+            it can. ``"eager"`` is the definition; the values of the others are its own within
+            ``fastwm/tolerances.py``. ``"auto"`` (default) is the first of the three that can run;
+            on CUDA it leaves out the kernel. :meth:`explain` says which and why.
 
     Attributes:
         in_keys: what the batch must hold: the ``in_keys`` of the world model, then the targets.
@@ -223,18 +248,8 @@ class WorldModelLoss(LossModule):
                 )
 
     def _backend(self) -> str:
-        """``"auto"``, ``"fused"`` or ``"eager"``."""
-        if is_compiling():
-            # Inside torch.compile the compiler is the engine.
-            return "eager"
-        name = requested(self.backend)
-        if name == "captured":
-            raise RuntimeError(
-                "The backend 'captured' was asked for (by backend=, fastwm.backend or "
-                "FASTWM_BACKEND), but no captured engine takes a WorldModelLoss: it has no "
-                "horizon to loop over. Ask for 'auto', 'fused' or 'eager'."
-            )
-        return name
+        # Inside torch.compile the compiler is the engine.
+        return "eager" if is_compiling() else requested(self.backend)
 
     # ---------------------------------------------------------------- keys
 
@@ -300,8 +315,8 @@ class WorldModelLoss(LossModule):
 
     def _model_writes(self, key: NestedKey) -> bool:
         """Whether the world model declares ``key``, or an entry of the tensordict at ``key``."""
-        path = _path(key)
-        return any(_path(out)[: len(path)] == path for out in self._model_keys("out_keys"))
+        path = path_of(key)
+        return any(path_of(out)[: len(path)] == path for out in self._model_keys("out_keys"))
 
     def _declared_flag(self) -> str | None:
         """The flag that the world model declares and the done loss takes, if it declares one."""
@@ -346,9 +361,64 @@ class WorldModelLoss(LossModule):
             batch.append(sizes[0])
         return self._losses_of(TensorDict(tensordict.to_dict(), batch_size=batch))
 
+    def explain(self, tensordict: TensorDictBase) -> Explanation:
+        """Which engine would run ``loss(tensordict)``, and why not a faster one.
+
+        The call may be traced; where no trace is to be had, the world model runs once. Random
+        generators are left as they were.
+
+        Args:
+            tensordict: as for a call.
+
+        Raises:
+            What the call raises, where that is the batch's or a setting's fault.
+
+        Example:
+            >>> print(loss.explain(batch))  # doctest: +SKIP
+            captured: runs, with all sub-losses in one kernel
+        """
+        asked = self._backend()
+        self._check_settings()
+        # The modes of a call of any LossModule.
+        with set_exploration_type(self.deterministic_sampling_mode), set_recurrent_mode(True):
+            return explain_loss(self._plan, self._compared, tensordict, asked)
+
     def _losses_of(self, tensordict: TensorDictBase) -> TensorDictBase:
         backend = self._backend()
         self._check_settings()
+        found = None
+        if backend in ("auto", "captured"):
+            found = self._captured(tensordict, backend)
+        (losses, _), values = found or self._compared(tensordict, backend)
+        out = self._filled(losses, values, self._out_batch_size(tensordict))
+        self._clear_weakrefs(tensordict, out)
+        return out
+
+    def _captured(self, tensordict: TensorDictBase, backend: str) -> _Compared | None:
+        """The same as :meth:`_compared`; None where "auto" has to go on without a trace."""
+        try:
+            plan, leaves = self._plan(tensordict, backend)
+            return plan.structure, plan.run(leaves)
+        except NotCapturable as reason:
+            if backend == "auto":
+                return None
+            if isinstance(reason, BadCall):
+                self._compared(tensordict, "auto")  # raises what the batch deserves
+            raise RuntimeError(
+                "The backend 'captured' was asked for (by backend=, fastwm.backend or "
+                f"FASTWM_BACKEND), but it does not take this WorldModelLoss: {reason}."
+            ) from reason
+
+    def _plan(
+        self, tensordict: TensorDictBase, backend: str
+    ) -> tuple[LossPlan, dict[tuple[str, ...], torch.Tensor]]:
+        compute = functools.partial(self._compared, backend=backend)
+        variant = backend if torch.cuda.is_initialized() else None  # the same on a CPU
+        return plan_for(self, compute, tensordict, variant, patient=backend == "captured")
+
+    def _compared(self, tensordict: TensorDictBase, backend: str) -> _Compared:
+        """Run the world model and compare: the indices of the losses by name, and why no kernel
+        computed them ("" where one did); and the losses."""
         active = self._active()
         # Its nested tensordicts are copied with it; the tensors are shared, nobody writes in them.
         batch = tensordict.copy()
@@ -356,22 +426,21 @@ class WorldModelLoss(LossModule):
 
         predicted = self.world_model(batch)
 
-        pairs: list[_Pair] = []
+        pairs: list[Pair] = []
         losses: dict[str, Any] = {}
         for name in active:
             key, prediction, target_key, target = self._pair(name, predicted, truth)
             if target is None:
-                raise _missing(name, target_key, tensordict)
+                raise missing(name, target_key, tensordict)
             if prediction is None:
                 raise KeyError(
                     f"The world model wrote no {key!r}, which the {name!r} loss compares with "
-                    f"{target_key!r}. After it ran there were {_listed(predicted)}."
+                    f"{target_key!r}. After it ran there were {listed(predicted)}."
                 )
-            losses[f"loss_{name}"] = _paired(name, key, prediction, target_key, target, pairs)
-        values = self._values(pairs, tensordict, backend)
-        out = self._filled(losses, values, self._out_batch_size(tensordict))
-        self._clear_weakrefs(tensordict, batch, predicted, out)
-        return out
+            losses[f"loss_{name}"] = paired(name, key, prediction, target_key, target, pairs)
+        values, unfused = self._values(pairs, tensordict, backend)
+        self._clear_weakrefs(batch, predicted)
+        return (losses, unfused), values
 
     def _set_truth_aside(self, batch: TensorDictBase, active: list[str]) -> dict[NestedKey, Any]:
         """Every target that ``batch`` holds, by key (None where there is none).
@@ -395,7 +464,7 @@ class WorldModelLoss(LossModule):
             needed += [(name, target) for name, (key, target) in pairs.items() if key == target]
             for name, key in needed:
                 if truth[key] is None:
-                    raise _missing(name, key, batch)
+                    raise missing(name, key, batch)
 
         for field in fields:
             key, aside = self._next(field), self._next(f"true_{field}")
@@ -421,7 +490,7 @@ class WorldModelLoss(LossModule):
                     raise KeyError(
                         f"The world model wrote neither {self._next('done')!r} nor {key!r}: the "
                         f"'done' loss needs a done head. After it ran there were "
-                        f"{_listed(predicted)}."
+                        f"{listed(predicted)}."
                     )
             return key, prediction, key, truth[key]
         key, target_key = self._compared_keys(name)
@@ -431,34 +500,36 @@ class WorldModelLoss(LossModule):
         return key, predicted.get(key, None), target_key, target
 
     def _values(
-        self, pairs: list[_Pair], tensordict: TensorDictBase, backend: str
-    ) -> list[torch.Tensor]:
-        """The distance of each pair, reduced and weighted."""
+        self, pairs: list[Pair], tensordict: TensorDictBase, backend: str
+    ) -> tuple[list[torch.Tensor], str]:
+        """The distance of each pair, reduced and weighted; and why not by a kernel."""
         if not pairs:
-            return []
+            return [], ""
         for pair in pairs:
             if self._distance(pair) == "binary_cross_entropy":
-                _check_probabilities(pair)
+                check_probabilities(pair)
+        why = "backend='eager' was asked for"
         if backend != "eager":
             masks = self._masks(pairs, tensordict)
             why = self._why_not_fused(pairs, masks)
-            unmeasured = backend == "auto" and any(p.prediction.is_cuda for p in pairs)
-            if not why and not unmeasured:  # on a GPU the kernels have not run yet: by name alone
-                return self._fused_values(pairs, masks)
+            if not why and backend == "auto" and any(p.prediction.is_cuda for p in pairs):
+                why = UNMEASURED  # by name alone
+            if not why:
+                return self._fused_values(pairs, masks), ""
             if backend == "fused":
                 raise RuntimeError(
                     "The backend 'fused' was asked for (by backend=, fastwm.backend or "
                     f"FASTWM_BACKEND), but it does not take this WorldModelLoss: {why}."
                 )
-        return [self._eager_value(pair, tensordict) for pair in pairs]
+        return [self._eager_value(pair, tensordict) for pair in pairs], why
 
-    def _distance(self, pair: _Pair) -> str:
+    def _distance(self, pair: Pair) -> str:
         return getattr(self, f"{pair.name}_loss")
 
-    def _weight(self, pair: _Pair) -> float:
+    def _weight(self, pair: Pair) -> float:
         return getattr(self, f"{pair.name}_weight")
 
-    def _eager_value(self, pair: _Pair, tensordict: TensorDictBase) -> torch.Tensor:
+    def _eager_value(self, pair: Pair, tensordict: TensorDictBase) -> torch.Tensor:
         prediction, target, distance = pair.prediction, pair.target, self._distance(pair)
         if pair.name == "done":
             target = target.float()
@@ -468,7 +539,7 @@ class WorldModelLoss(LossModule):
             loss = distance_loss(prediction, target, distance)
         return self._weight(pair) * self._reduce_loss(loss, tensordict)
 
-    def _fused_values(self, pairs: list[_Pair], masks: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _fused_values(self, pairs: list[Pair], masks: list[torch.Tensor]) -> list[torch.Tensor]:
         return sub_losses(
             [pair.prediction for pair in pairs],
             [pair.target for pair in pairs],
@@ -478,7 +549,7 @@ class WorldModelLoss(LossModule):
             masks=masks,
         )
 
-    def _why_not_fused(self, pairs: list[_Pair], masks: list[torch.Tensor]) -> str:
+    def _why_not_fused(self, pairs: list[Pair], masks: list[torch.Tensor]) -> str:
         if self.reduction == "none":
             return "reduction='none' gives no scalars"
         if type(self)._reduce_loss is not LossModule._reduce_loss:
@@ -495,7 +566,7 @@ class WorldModelLoss(LossModule):
             [self._distance(pair) for pair in pairs],
         )
 
-    def _masks(self, pairs: list[_Pair], tensordict: TensorDictBase) -> list[torch.Tensor]:
+    def _masks(self, pairs: list[Pair], tensordict: TensorDictBase) -> list[torch.Tensor]:
         """What counts of each pair, over the first dimensions of its tensors; nothing where
         everything counts."""
         found = [tensordict.get(key, None) for key in self._loss_mask_keys()]
@@ -504,7 +575,7 @@ class WorldModelLoss(LossModule):
             return []
         masks = []
         for pair in pairs:
-            if len(given) == 1 and (mask := _leading(given[0], pair.prediction)) is not None:
+            if len(given) == 1 and (mask := leading(given[0], pair.prediction)) is not None:
                 masks.append(mask)
                 continue
             expanded = [self._expand_loss_mask(mask, pair.prediction) for mask in given]
@@ -525,90 +596,3 @@ class WorldModelLoss(LossModule):
 
     def _out_batch_size(self, tensordict: TensorDictBase) -> torch.Size:
         return tensordict.batch_size if self.reduction == "none" else torch.Size([])
-
-
-def _path(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else key
-
-
-def _listed(tensordict: TensorDictBase) -> str:
-    return str(sorted(tensordict.keys(True, True), key=str))
-
-
-def _missing(name: str, key: NestedKey, tensordict: TensorDictBase) -> KeyError:
-    return KeyError(
-        f"The {name!r} loss needs {key!r}, which the input lacks (set_keys() changes the key). "
-        f"The input has {_listed(tensordict)}."
-    )
-
-
-@dataclass
-class _Pair:
-    """What a sub-loss compares, or an entry of it."""
-
-    name: str
-    key: NestedKey
-    prediction: torch.Tensor
-    target: torch.Tensor
-
-
-def _paired(
-    name: str,
-    key: NestedKey,
-    prediction: Any,
-    target_key: NestedKey,
-    target: Any,
-    pairs: list[_Pair],
-) -> Any:
-    """Append what is to be compared to ``pairs``; return the index of its loss, or a dict of such
-    where prediction and target are tensordicts."""
-    if is_tensor_collection(prediction) and is_tensor_collection(target):
-        if set(prediction.keys()) != set(target.keys()):
-            raise KeyError(
-                f"The {name!r} loss compares {key!r}, which has {_listed(prediction)}, with "
-                f"{target_key!r}, which has {_listed(target)}."
-            )
-        return {
-            entry: _paired(
-                name,
-                unravel_key((key, entry)),
-                value,
-                unravel_key((target_key, entry)),
-                target.get(entry),
-                pairs,
-            )
-            for entry, value in prediction.items()
-        }
-    if prediction.shape != target.shape:
-        raise RuntimeError(
-            f"The {name!r} loss compares the prediction {key!r} of shape "
-            f"{tuple(prediction.shape)} with the target {target_key!r} of shape "
-            f"{tuple(target.shape)}. The shapes must be equal; nothing is broadcast."
-        )
-    if name == "done":
-        # Either may be bool, integer or any float; the fused kernel reads bool as it is.
-        prediction = prediction.float()
-        target = target if target.dtype == torch.bool else target.float()
-    pairs.append(_Pair(name, key, prediction, target))
-    return len(pairs) - 1
-
-
-def _leading(mask: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor | None:
-    """``mask`` without the last dimensions of size 1 that keep it from being over the first
-    dimensions of ``prediction``; None where it is not over those."""
-    while mask.ndim and mask.shape != prediction.shape[: mask.ndim] and mask.shape[-1] == 1:
-        mask = mask.squeeze(-1)
-    return mask if mask.shape == prediction.shape[: mask.ndim] else None
-
-
-def _check_probabilities(pair: _Pair) -> None:
-    """Raise for what is no probability; on the CPU only, elsewhere to look is to wait."""
-    probability = pair.prediction
-    valid = (probability >= 0) & (probability <= 1)
-    looked_at = probability.device.type == "cpu" and not is_compiling()
-    if looked_at and not (valid | probability.isnan()).all():
-        raise RuntimeError(
-            f"The 'done' loss was given {pair.key!r} as probabilities, but it has values from "
-            f"{probability.min().item():.3g} to {probability.max().item():.3g}. For a head that "
-            "emits logits: done_loss='binary_cross_entropy_with_logits'."
-        )

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from fastwm.step_graph import Meta, Op, StepGraph, Value
 
-__all__ = ["InvalidArguments", "Untraceable", "cuda_device", "preserved_random_state", "trace"]
+__all__ = ["InvalidArguments", "Untraceable", "cuda_device", "kept_random_state",
+           "preserved_random_state", "trace"]  # fmt: skip
 
 aten = torch.ops.aten
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -438,20 +439,33 @@ def preserved_random_state(
     device: torch.device | None, own: Iterable[torch.Generator] = ()
 ) -> Iterator[None]:
     """Leave torch's, numpy's and Python's generators, and those given, as they were found."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    owned = [(generator, generator.get_state()) for generator in own]
-    cuda = cuda_device(device)
-    cuda_state = None if cuda is None else torch.cuda.get_rng_state(cuda)
+    states = np.random.get_state(), random.getstate()
+    restore = kept_random_state(device, own)
     try:
         yield
     finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        for generator, state in owned:
-            generator.set_state(state)
+        restore()
+        np.random.set_state(states[0])
+        random.setstate(states[1])
+
+
+def kept_random_state(
+    device: torch.device | None, own: Iterable[torch.Generator] = ()
+) -> Callable[[], None]:
+    """What puts torch's generators, and those given, back to where they are now."""
+    state = torch.get_rng_state()
+    owned = [(generator, generator.get_state()) for generator in own]
+    cuda = cuda_device(device)
+    cuda_state = None if cuda is None else torch.cuda.get_rng_state(cuda)
+
+    def restore() -> None:
+        torch.set_rng_state(state)
+        for generator, kept in owned:
+            generator.set_state(kept)
         if cuda is not None and cuda_state is not None:
             torch.cuda.set_rng_state(cuda_state, cuda)
+
+    return restore
 
 
 def _one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Location", "TooLarge", "Watch"]
+__all__ = ["Location", "TooLarge", "Watch", "function_of"]
 
 _LIMIT = 20_000  # watched entries; beyond that looking would cost more than it saves
 _ARRAY_BYTES = 1 << 16  # arrays are compared by content
@@ -270,7 +270,7 @@ class Watch:
             self._classes.append(members)
             self._owners.append(base)
             for name, member in members.items():
-                function = _function_of(member)
+                function = function_of(member)
                 if function is None:
                     if not (name.startswith("__") and name.endswith("__")):
                         self._enter(members, [(name, member)])
@@ -578,7 +578,7 @@ def _names(code: types.CodeType) -> frozenset[str]:
     return frozenset(code.co_names).union(*inner)
 
 
-def _function_of(member: Any) -> Any:
+def function_of(member: Any) -> Any:
     """The function that a class attribute runs, or None where it is data."""
     if isinstance(member, types.FunctionType):
         return member

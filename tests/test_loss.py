@@ -27,9 +27,22 @@ from fastwm.loss import WorldModelLoss
 from fastwm.ops import CpuLibrary, cpu_library
 from fastwm.tolerances import tolerance
 from fastwm.world_model import WorldModel
-
-OBS, LATENT, ACTION = 6, 4, 2
-NEXT_LATENT, NEXT_REWARD = ("next", "latent"), ("next", "reward")
+from tests.loss_models import (
+    ALL,
+    CASES,
+    LATENT,
+    NEXT_LATENT,
+    NEXT_REWARD,
+    OBS,
+    RECON,
+    Concat,
+    Latents,
+    build,
+    case_nested_keys,
+    case_time,
+    make_batch,
+    make_model,
+)
 
 # The check passes here and fails on torchrl 0.14.1, which is what makes it an improvement.
 _FAULTY = torchrl.__version__.startswith("0.14.1")
@@ -48,181 +61,17 @@ improvement = pytest.mark.parametrize(
 )
 
 
-class Concat(nn.Module):
-    def __init__(self, size: int, out: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, out)
-
-    def forward(self, *parts: Tensor) -> Tensor:
-        return torch.tanh(self.linear(torch.cat(parts, -1)))
-
-
-class Flag(nn.Module):
-    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.head, self.fn = nn.Linear(LATENT, 1), fn
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return self.fn(self.head(latent))
-
-
-def make_model(
-    done: str | None = None,
-    *,
-    decoder: str | None = None,
-    flag: Callable[[Tensor], Tensor] = torch.sigmoid,
-    cls: type = WorldModel,
-    seed: int = 0,
-    extra: dict[str, Any] | None = None,
-) -> nn.Module:
-    """A model whose done head, if any, emits ``("next", done)`` through ``flag``."""
-    torch.manual_seed(seed)
-    parts: dict[str, Any] = {
-        "encoder": Mod(nn.Linear(OBS, LATENT), ["observation"], ["latent"]),
-        "dynamics": Mod(Concat(LATENT + ACTION, LATENT), ["latent", "action"], [NEXT_LATENT]),
-        "reward_head": Mod(nn.Linear(LATENT, 1), [NEXT_LATENT], [NEXT_REWARD]),
-        "done_head": None if done is None else Mod(Flag(flag), [NEXT_LATENT], [("next", done)]),
-        "decoder": None if decoder is None else Mod(nn.Linear(LATENT, OBS), ["latent"], [decoder]),
-    }
-    return cls(**{**parts, **(extra or {})})
-
-
-def make_batch(*batch_size: int, seed: int = 1) -> TensorDict:
-    torch.manual_seed(seed)
-    size = batch_size or (5,)
-    terminated = torch.rand(*size, 1) < 0.3
-    return TensorDict(
-        {
-            "observation": torch.randn(*size, OBS),
-            "action": torch.randn(*size, ACTION),
-            "next": {
-                "reward": torch.randn(*size, 1),
-                "done": terminated | (torch.rand(*size, 1) < 0.3),
-                "terminated": terminated,
-                "observation": torch.randn(*size, OBS),
-            },
-        },
-        size,
-    )
-
-
-class Latents(TensorDictModuleBase):
-    """Predicts a latent of two parts, as a nested tensordict, and encodes its target."""
-
-    in_keys = ("observation", "action")
-    out_keys = (NEXT_REWARD, ("predicted_latent", "a"), ("predicted_latent", "b"), "target_latent")
-
-    def __init__(self, b: int = 3) -> None:
-        super().__init__()
-        self.a, self.b, self.target_b = nn.Linear(OBS, 2), nn.Linear(OBS, 3), nn.Linear(OBS, b)
-
-    def forward(self, td: TensorDictBase) -> TensorDictBase:
-        obs = td["observation"]
-        td["predicted_latent"] = TensorDict({"a": self.a(obs), "b": self.b(obs)}, td.batch_size)
-        td["target_latent"] = TensorDict(
-            {"a": self.a(obs.flip(-1)), "b": self.target_b(obs)}, td.batch_size
-        )
-        td[NEXT_REWARD] = self.a(obs)[..., :1]
-        return td
-
-
 # ---------------------------------------------------------------- torchrl's values
 
-ALL = ["reward", "done", "reconstruction", "latent"]
-RECON = "reconstructed_observation"
 
-
-def case_plain() -> tuple[nn.Module, TensorDict, dict[str, Any]]:
-    return make_model(), make_batch(), {}
-
-
-def case_all() -> tuple[nn.Module, TensorDict, dict[str, Any]]:
-    batch = make_batch(7)
-    batch["target_latent"] = torch.randn(7, LATENT)
-    keys = {"predicted_latent": NEXT_LATENT}
-    return make_model("done", decoder=RECON), batch, {"losses": ALL, "keys": keys}
-
-
-def case_time() -> tuple[nn.Module, TensorDict, dict[str, Any]]:
-    model, _, kwargs = case_all()
-    batch = make_batch(3, 4)
-    batch["target_latent"] = torch.randn(3, 4, LATENT)
-    return model, batch, kwargs
-
-
-def case_weights() -> tuple[nn.Module, TensorDict, dict[str, Any]]:
-    model, batch, kwargs = case_all()
-    weights = {f"{name}_weight": 0.5 + i for i, name in enumerate(ALL)}
-    return model, batch, {**kwargs, **weights}
-
-
-def case_order() -> tuple[nn.Module, TensorDict, dict[str, Any]]:
-    model, batch, kwargs = case_all()
-    return model, batch, {**kwargs, "losses": ALL[::-1]}
-
-
-def case_bool_head() -> tuple[nn.Module, TensorDict, dict[str, Any]]:
-    return make_model("done", flag=lambda x: x > 0), make_batch(), {"losses": ["done"]}
-
-
-def case_both_flags() -> tuple[nn.Module, TensorDict, dict[str, Any]]:
-    heads = Mod(nn.Linear(LATENT, 2), [NEXT_LATENT], ["flags"])
-    split = Mod(
-        lambda x: (x[..., :1], x[..., 1:]), ["flags"], [("next", "done"), ("next", "terminated")]
-    )
-    model = make_model(extra={"decoder": split, "done_head": heads})
-    return model, make_batch(), {"losses": ["done"]}
-
-
-def case_nested_keys() -> tuple[nn.Module, TensorDict, dict[str, Any]]:
-    head = Mod(nn.Linear(LATENT, 1), [NEXT_LATENT], [("next", "agents", "gain")])
-    batch = make_batch()
-    batch["next", "agents", "gain"] = torch.randn(5, 1)
-    keys = {"reward": ("agents", "gain"), "true_reward": ("agents", "true_gain")}
-    return make_model(extra={"reward_head": head}), batch, {"keys": keys}
-
-
-def case_latent_of_parts() -> tuple[nn.Module, TensorDict, dict[str, Any]]:
-    torch.manual_seed(3)
-    return Latents(), make_batch(), {"losses": ["latent", "reward"], "latent_weight": 3.0}
-
-
-def case_empty_batch() -> tuple[nn.Module, TensorDict, dict[str, Any]]:
-    return make_model(), make_batch()[:0], {}
-
-
-def case_no_losses() -> tuple[nn.Module, TensorDict, dict[str, Any]]:
-    return make_model(), make_batch(), {"losses": []}
-
-
-def case_lazy_stack() -> tuple[nn.Module, TensorDictBase, dict[str, Any]]:
-    batch = LazyStackedTensorDict.lazy_stack([make_batch(seed=1), make_batch(seed=2)], 1)
-    return make_model("done"), batch, {"losses": ["reward", "done"]}
-
-
-def case_float64() -> tuple[nn.Module, TensorDict, dict[str, Any]]:
-    model, batch, kwargs = case_all()
-    to64 = lambda x: x.double() if x.is_floating_point() else x  # noqa: E731
-    return model.double(), batch.apply(to64), kwargs
-
-
-CASES = {name[5:]: make for name, make in globals().items() if name.startswith("case_")}
-
-
-def build(cls: type, model: nn.Module, kwargs: dict[str, Any]) -> Any:
-    kwargs = dict(kwargs)
-    keys = kwargs.pop("keys", {})
-    loss = cls(model, **kwargs)
-    loss.set_keys(**keys)
-    return loss
-
-
-@pytest.mark.parametrize("engine", ["eager", "fused"])
+@pytest.mark.parametrize("engine", ["eager", "fused", "captured"])
 @pytest.mark.parametrize("distance", ["l1", "l2", "smooth_l1"])
 @pytest.mark.parametrize("case", CASES)
 def test_same_values_and_gradients_as_torchrl(case: str, distance: str, engine: str) -> None:
     if engine == "fused" and not cpu_library().loaded:
         pytest.skip(cpu_library().reason)
+    if engine == "captured" and case in ("lazy_stack", "no_losses"):
+        engine = "auto"  # captured does not take them
     model, batch, kwargs = CASES[case]()
     kwargs.update({f"{name}_loss": distance for name in ALL})
     results = []
@@ -899,12 +748,17 @@ def fused() -> None:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The engine of each call of the loss from here on."""
     seen: list[str] = []
-    for name, method in (("fused", "_fused_values"), ("eager", "_eager_value")):
+    methods = {"fused": "_fused_values", "eager": "_eager_value", "captured": "_captured"}
+    for name, method in methods.items():
 
         def spy(self: Any, *args: Any, name: str = name, was: Any = None) -> Any:
-            if name == "fused" or seen[-1:] != ["eager"]:
+            before = list(seen)
+            found = was(self, *args)
+            if name == "captured":  # what it traced is none of the call's
+                seen[:] = before if found is None else [*before, "captured"]
+            elif name == "fused" or seen[-1:] != ["eager"]:
                 seen.append(name)
-            return was(self, *args)
+            return found
 
         was = getattr(WorldModelLoss, method)
         monkeypatch.setattr(WorldModelLoss, method, functools.partialmethod(spy, was=was))
@@ -913,19 +767,16 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_backends(monkeypatch: pytest.MonkeyPatch, fused: None, runs: list[str]) -> None:
     batch = make_batch()
-    for name, engine in {"auto": "fused", "fused": "fused", "eager": "eager"}.items():
+    for name in ("auto", "captured", "fused", "eager"):
         WorldModelLoss(make_model(), backend=name)(batch)
         with backend(name):
-            WorldModelLoss(make_model(), backend="captured")(batch)
-        assert runs == ([engine] if engine == "eager" else [engine] * 2), name
+            WorldModelLoss(make_model(), backend="eager")(batch)
+        monkeypatch.setenv("FASTWM_BACKEND", name)
+        WorldModelLoss(make_model())(batch)
+        monkeypatch.delenv("FASTWM_BACKEND")
+        engine = "captured" if name == "auto" else name
+        assert runs == ([engine] if engine == "eager" else [engine] * 3), name
         runs.clear()
-    with pytest.raises(RuntimeError, match="no captured engine takes a WorldModelLoss"):
-        WorldModelLoss(make_model(), backend="captured")(batch)
-    with backend("captured"), pytest.raises(RuntimeError, match="'captured' was asked for"):
-        WorldModelLoss(make_model())(batch)
-    monkeypatch.setenv("FASTWM_BACKEND", "captured")
-    with pytest.raises(RuntimeError, match="FASTWM_BACKEND"):
-        WorldModelLoss(make_model())(batch)
     with pytest.raises(ValueError, match="Unknown backend 'fastest'"):
         WorldModelLoss(make_model(), backend="fastest")
 
@@ -952,7 +803,7 @@ class OwnReduction(WorldModelLoss):
 def test_what_the_fused_engine_does_not_take(
     make: Callable[[], WorldModelLoss], why: str, fused: None, runs: list[str]
 ) -> None:
-    """Asked for it raises and says why; otherwise eager runs."""
+    """Asked for it raises and says why; otherwise the elementwise code runs, traced."""
     loss, batch = make(), make_batch()
     dtype = next(loss.world_model.parameters()).dtype
     for key in ("observation", "action"):
@@ -960,17 +811,24 @@ def test_what_the_fused_engine_does_not_take(
     if dtype == torch.bfloat16:
         batch[NEXT_REWARD] = batch[NEXT_REWARD].to(dtype)
     loss(batch)
-    assert runs == ["eager"]
+    assert runs == ["captured"]
     with backend("fused"), pytest.raises(RuntimeError, match=f"'fused' was asked for.*{why}"):
         loss(batch)
+    with backend("fused"):
+        assert why in loss.explain(batch).passed_over["fused"]
+    assert why in loss.explain(batch).note
 
 
-def test_without_the_library_eager_runs(monkeypatch: pytest.MonkeyPatch, runs: list[str]) -> None:
+def test_without_the_library_the_elementwise_code_runs(
+    monkeypatch: pytest.MonkeyPatch, runs: list[str]
+) -> None:
     library = CpuLibrary(None, False, "fastwm was installed without its C++ library")
     module = importlib.import_module("fastwm.ops.sub_losses")
     monkeypatch.setattr(module, "cpu_library", lambda: library)
-    WorldModelLoss(make_model())(make_batch())
-    assert runs == ["eager"]
+    loss = WorldModelLoss(make_model())
+    loss(make_batch())
+    assert runs == ["captured"]
+    assert "without its C++ library" in loss.explain(make_batch()).note
     with backend("fused"), pytest.raises(RuntimeError, match="without its C\\+\\+ library"):
         WorldModelLoss(make_model())(make_batch())
 

@@ -41,7 +41,7 @@ class CapturedLoop:
         carried: input paths that the step changes.
         fed: inputs given anew each step (precomputed or random actions).
         flags: paths, under ``("td", ...)``, of the flags that may end a rollout early.
-        dim: where the time dim goes.
+        dim: where the time dim goes; None where there is one step and no time, such as a loss.
         grad: whether gradients are wanted.
         compiler: for the body of the step; see :mod:`fastwm.engines.inductor`.
     """
@@ -52,7 +52,7 @@ class CapturedLoop:
         carried: Sequence[Any],
         fed: Sequence[Any],
         flags: Sequence[Any],
-        dim: int,
+        dim: int | None,
         *,
         grad: bool,
         compiler: Compiler | None = None,
@@ -66,6 +66,9 @@ class CapturedLoop:
         self.compiler = compiler
         self.inputs = list(graph.inputs)
         self.outputs = [key for key in graph.outputs if key[0] == "td"]
+        # Memory that is the caller's.
+        given = (*graph.inputs.values(), *(value for value, _ in graph.constants))
+        self.given = {graph.storage[value.index] for value in given}
         self._loops: dict[tuple[bool, ...], _Loop] = {}
 
     def source(self, *, stop: bool = False, write: bool = False, defer: bool = False) -> str:
@@ -83,7 +86,8 @@ class CapturedLoop:
             wanted += [o for o in self.carried.values() if o in self.graph.outputs]
             source = loop_source(
                 self.graph, self.carried, self.fed, wanted, self.flags if stop else [],
-                grad=self.grad, write=write, exact=exact, defer=defer, compiler=self.compiler,
+                grad=self.grad, write=write, exact=exact, defer=defer, once=self.dim is None,
+                compiler=self.compiler,
             )  # fmt: skip
             self._loops[key] = _Loop(source, *source.compile())
         return self._loops[key]
@@ -91,6 +95,8 @@ class CapturedLoop:
     def _choose(self, horizon: int, *, stop: bool, exact: bool) -> tuple[_Loop, bool]:
         """The loop for this size, and whether it writes straight into the stacked outputs."""
         plain = self._loop(stop=stop, exact=exact)
+        if self.dim is None:
+            return plain, False
         large = sum(self._bytes(i) for i in plain.source.collected) >= _WRITE_BYTES
         if not self.grad and not torch.is_inference_mode_enabled() and large:
             return self._loop(stop=stop, write=True, exact=exact), True
@@ -190,7 +196,8 @@ class _Call:
         self.fixed: dict[int, torch.Tensor] = {}
 
     def run(self, feed: FeedStep | None) -> tuple[int, Tensors, list[torch.Tensor]]:
-        source, dim, metas = self.loop.source, self.dim, self.owner.graph.metas
+        source, metas = self.loop.source, self.owner.graph.metas
+        dim = 0 if self.dim is None else self.dim
         sinks: list[Any] = []
         for index in source.collected:
             if self.write:
@@ -213,8 +220,10 @@ class _Call:
         if self.loop.after is not None:
             with annotate("fastwm.after"):
                 self._run_after(start)
+        if self.dim is None:
+            return self.steps, self._results_of_one(), checks
         with annotate("fastwm.stack"):
-            return self.steps, self._results(), checks
+            return self.steps, self._results(self.dim), checks
 
     def _run_after(self, start: list[torch.Tensor | None]) -> None:
         """Do what was put off, for all steps at once."""
@@ -223,7 +232,7 @@ class _Call:
         rows = []
         for index in source.rows:
             if index in paths:
-                value = self._shifted(paths[index])
+                value = self._shifted(paths[index], 1)
             else:
                 value = self.stacked[index] = torch.stack(self.each[index], 1)
             rows.append(value.flatten(0, 1))
@@ -233,7 +242,20 @@ class _Call:
         ):
             self.stacked[index] = value.unflatten(0, (-1, self.steps))
 
-    def _results(self) -> Tensors:
+    def _results_of_one(self) -> Tensors:
+        """The results of the only step, each in memory that is nobody else's."""
+        graph, canonical = self.owner.graph, self.loop.source.canonical
+        taken = set(self.owner.given)
+        results: Tensors = {}
+        for key in self.owner.outputs:
+            index = canonical(graph.outputs[key])
+            found = self.each[index][0]
+            memory = graph.storage[index]
+            results[key[1]] = found.clone() if memory in taken else found
+            taken.add(memory)
+        return results
+
+    def _results(self, dim: int) -> Tensors:
         graph, canonical = self.owner.graph, self.loop.source.canonical
         carried = {graph.inputs[path].index: path for path in self.owner.carried}
         results: Tensors = {}
@@ -242,21 +264,21 @@ class _Call:
             value = graph.outputs[key]
             index = canonical(value)
             if value.index in carried:
-                results[key[1]] = self._shifted(carried[value.index])
+                results[key[1]] = self._shifted(carried[value.index], dim)
             elif index in self.fixed:
-                results[key[1]] = _repeat(self.fixed[index], self.steps, self.dim)
+                results[key[1]] = _repeat(self.fixed[index], self.steps, dim)
             elif index in self.stacked:
                 # The first to ask gets the stack itself, any other, also for a view of it, a copy.
                 stack, memory = self.stacked[index], graph.storage[index]
                 results[key[1]] = stack.clone() if memory in taken else stack.contiguous()
                 taken.add(memory)
             else:
-                results[key[1]] = torch.stack(self.each[index], self.dim)
+                results[key[1]] = torch.stack(self.each[index], dim)
         return results
 
-    def _shifted(self, path: Any) -> torch.Tensor:
+    def _shifted(self, path: Any, dim: int) -> torch.Tensor:
         """What a carried input was at each step: the start, then the steps' own results but the last."""
-        owner, dim, steps = self.owner, self.dim, self.steps
+        owner, steps = self.owner, self.steps
         index = self.loop.source.canonical(owner.graph.outputs[owner.carried[path]])
         start = self.inputs[path]
         if index in self.fixed:

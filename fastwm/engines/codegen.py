@@ -123,6 +123,7 @@ def loop_source(
     write: bool,
     exact: bool = False,
     defer: bool = False,
+    once: bool = False,
     compiler: Compiler | None = None,
 ) -> LoopSource:
     """Write the loop.
@@ -137,6 +138,7 @@ def loop_source(
         write: sinks are ``[horizon]`` lists of destination views to copy into, else list appenders.
         exact: bind every op to its overload itself, the slow and certain way.
         defer: put off what feeds no later step; see :mod:`fastwm.engines.defer`.
+        once: there is one step: nothing is done ahead of it, to be kept for more.
         compiler: turns the body into one function, e.g. through Inductor.
     """
     ops, alias = _without_identities(graph, grad)
@@ -148,7 +150,7 @@ def loop_source(
         return index
 
     changing = set(carried) | set(fed)
-    varying = step_varying(graph, changing, grad=grad)
+    varying = set(graph.metas) if once else step_varying(graph, changing, grad=grad)
     scope: dict[str, Any] = {}
     bound: dict[Any, str] = {}
 

@@ -6,12 +6,16 @@ optimizer's in-place step is seen by the next replay, and a parameter that moved
 
 With gradients there are two graphs, forward and backward, inside one ``autograd.Function``. What the
 backward needs lives in the forward graph's memory; if another forward was replayed in between, the
-backward replays its own forward first, from the start and generator state it kept.
+backward replays its own forward first, from the start and generator state it kept. Gradients that the
+recorded backward does not give (those of gradients, and those of single losses) come from the loop, run
+again without a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,15 +101,17 @@ class CudaRecorder:
 _shared: dict[torch.device, CudaRecorder] = {}
 
 
-def graphed_loop(loop: CapturedLoop, device: torch.device) -> GraphedLoop | None:
-    """The loop behind CUDA graphs, or None where they do not apply."""
+def graphed_loop(
+    loop: CapturedLoop, device: torch.device, *, separate: bool = False
+) -> GraphedLoop | None:
+    """The loop behind CUDA graphs, or None where they do not apply. ``separate``: see the class."""
     if device.type != "cuda" or any(
         op.kwargs.get("generator") is not None for op in loop.graph.ops
     ):
         return None
     if loop.grad:
         # What its backward needs stays in the graph's memory between calls: a pool of its own.
-        return GraphedLoop(loop, CudaRecorder(device))
+        return GraphedLoop(loop, CudaRecorder(device), separate=separate)
     return GraphedLoop(loop, _shared.setdefault(device, CudaRecorder(device)))
 
 
@@ -133,11 +139,15 @@ class GraphedLoop:
     Args:
         loop: the loop.
         recorder: what records and replays.
+        separate: outputs are to act as nodes of the autograd graph each: what only others reach gets no
+            gradient, where one node of them all gives it one of zeros (or, if these others are infinite,
+            of NaN). A backward from all of them is replayed, one from some runs uncaptured.
     """
 
-    def __init__(self, loop: CapturedLoop, recorder: Recorder) -> None:
+    def __init__(self, loop: CapturedLoop, recorder: Recorder, *, separate: bool = False) -> None:
         self.loop = loop
         self.recorder = recorder
+        self.separate = separate
         self.graphs: dict[int, tuple[tuple[int, ...], Any]] = {}
         self.failed: dict[int, str] = {}
 
@@ -163,7 +173,9 @@ class GraphedLoop:
         addresses = tuple(c.data_ptr() for c in constants)
         known = self.graphs.get(horizon)
         if known is None or known[0] != addresses:
-            make = _Differentiable if self.loop.grad else _Plain
+            make: Any = _Plain
+            if self.loop.grad:
+                make = functools.partial(_Differentiable, separate=self.separate)
             try:
                 with annotate("fastwm.capture"):
                     graphed = make(self.loop, self.recorder, horizon, inputs, constants, fed, exact)
@@ -179,10 +191,10 @@ class GraphedLoop:
         if checks is not None and not bool(checks):
             raise ChecksFailed
         steps = _stopped_at(results, self.loop, horizon) if stop else horizon
-        if steps < horizon:
+        dim = self.loop.dim
+        if steps < horizon and dim is not None:
             if before is not None:
                 self.recorder.advance(before, steps, horizon)
-            dim = self.loop.dim
             results = {path: t.narrow(dim, 0, steps).contiguous() for path, t in results.items()}
         return steps, results
 
@@ -191,6 +203,7 @@ def _stopped_at(results: dict[Any, torch.Tensor], loop: CapturedLoop, horizon: i
     """Steps until the first with a flag, from one look at all of them."""
     any_flag = None
     for _, path in loop.flags:
+        assert loop.dim is not None
         flag = results[path].movedim(loop.dim, 0).reshape(horizon, -1).any(1)
         any_flag = flag if any_flag is None else any_flag | flag
     if any_flag is None:
@@ -261,9 +274,11 @@ class _Differentiable:
 
     def __init__(
         self, loop: CapturedLoop, recorder: Recorder, horizon: int, inputs: Tensors,
-        constants: Sequence[torch.Tensor], fed: Fed, exact: bool,
+        constants: Sequence[torch.Tensor], fed: Fed, exact: bool, *, separate: bool,
     ) -> None:  # fmt: skip
+        self.loop, self.horizon, self.exact = loop, horizon, exact
         self.recorder = recorder
+        self.separate = separate
         self.draws = loop.graph.draws
         self.forward = _record_forward(
             loop, recorder, horizon, inputs, constants, fed, exact, grad=True
@@ -289,6 +304,42 @@ class _Differentiable:
         self.forward.replay()
         self.forward.runs += 1
         return self.forward.runs
+
+    def given(self, grads: Sequence[torch.Tensor | None]) -> dict[Any, torch.Tensor]:
+        """The gradients that came in, by the key of their output."""
+        by_key = dict(zip(self.keys, grads, strict=True))
+        return {k: g for k in self.differentiable if (g := by_key[k]) is not None}
+
+    def replay_backward(self, given: dict[Any, torch.Tensor]) -> list[torch.Tensor | None]:
+        """The gradients of what is wanted, in memory of their own."""
+        for seed, key in zip(self.seeds, self.differentiable, strict=True):
+            if key in given:
+                seed.copy_(given[key])
+            else:
+                seed.zero_()
+        self.backward()
+        fresh = iter(_copies([g for g in self.gradients if g is not None]))
+        return [None if g is None else next(fresh) for g in self.gradients]
+
+    def uncaptured_backward(
+        self, count: int, widths: list[int], flat: Sequence[torch.Tensor],
+        given: dict[Any, torch.Tensor], *, create_graph: bool,
+    ) -> Sequence[torch.Tensor | None]:  # fmt: skip
+        """The same from the loop, run again, for the outputs that a gradient came in for alone."""
+        with torch.enable_grad():
+            # Inputs may hang on one another: these here do not.
+            flat = [t.view_as(t) if t.requires_grad else t for t in flat]
+            inputs, fed = _split(self, count, widths, flat)
+            constants = flat[count + sum(widths) :]
+            source = iter(fed)
+            _, results, _ = self.loop.record(
+                self.horizon, inputs, constants, (lambda: next(source)) if fed else None,
+                stop=False, exact=self.exact,
+            )  # fmt: skip
+            return torch.autograd.grad(
+                [results[k] for k in given], [flat[i] for i in self.wanted], list(given.values()),
+                create_graph=create_graph, allow_unused=True,
+            )  # fmt: skip
 
     def __call__(
         self, inputs: Tensors, constants: Sequence[torch.Tensor], fed: Fed
@@ -325,35 +376,46 @@ class _Replayed(torch.autograd.Function):
         ctx.count = count
         outputs = _copies([graphed.forward.outputs[k] for k in graphed.keys])
         differentiable = set(graphed.differentiable)
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(
             *(o for k, o in zip(graphed.keys, outputs, strict=True) if k not in differentiable)
         )
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         graphed, flat = ctx.graphed, ctx.saved_tensors
-        if ctx.run != graphed.forward.runs:
-            # Another rollout's activations are in the graph's memory by now.
-            inputs, fed = _split(graphed, ctx.count, ctx.widths, flat)
-            now = graphed.recorder.random_state() if graphed.draws else None
-            if ctx.random_state is not None:
-                graphed.recorder.set_random_state(ctx.random_state)
-            ctx.run = graphed.replay_forward(inputs, fed)
-            if now is not None:
-                graphed.recorder.set_random_state(now)
-        by_key = dict(zip(graphed.keys, grads, strict=True))
-        for seed, key in zip(graphed.seeds, graphed.differentiable, strict=True):
-            given = by_key[key]
-            if given is None:
-                seed.zero_()
-            else:
-                seed.copy_(given)
-        graphed.backward()
-        found = [g for g in graphed.gradients if g is not None]
-        fresh = iter(_copies(found))
+        given, twice = graphed.given(grads), torch.is_grad_enabled()
         results: list[torch.Tensor | None] = [None] * len(flat)
-        for position, gradient in zip(graphed.wanted, graphed.gradients, strict=True):
-            results[position] = None if gradient is None else next(fresh)
+        if not given:
+            return None, None, None, *results
+        if twice or (graphed.separate and len(given) < len(graphed.differentiable)):
+            with _as_before(ctx):
+                found = graphed.uncaptured_backward(
+                    ctx.count, ctx.widths, flat, given, create_graph=twice
+                )
+        else:
+            if ctx.run != graphed.forward.runs:
+                # Another call's activations are in the graph's memory by now.
+                inputs, fed = _split(graphed, ctx.count, ctx.widths, flat)
+                with _as_before(ctx):
+                    ctx.run = graphed.replay_forward(inputs, fed)
+            found = graphed.replay_backward(given)
+        for position, gradient in zip(graphed.wanted, found, strict=True):
+            results[position] = gradient
         return None, None, None, *results
+
+
+@contextmanager
+def _as_before(ctx: Any) -> Iterator[None]:
+    """With the generator where the forward found it; afterwards where it is now."""
+    recorder = ctx.graphed.recorder
+    if not ctx.graphed.draws:
+        yield
+        return
+    now = recorder.random_state()
+    recorder.set_random_state(ctx.random_state)
+    try:
+        yield
+    finally:
+        recorder.set_random_state(now)

@@ -3,12 +3,9 @@ does on a GPU (same ops, same memory), and the real thing where there is a GPU."
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from tensordict import TensorDict
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastwm
 from fastwm.engines.cuda_graph import CaptureFailed, GraphedLoop
@@ -16,53 +13,8 @@ from fastwm.plan import plan_for
 from fastwm.request import Request
 from fastwm.rollout import start_of
 from fastwm.tolerances import tolerance
+from tests.engines.recorder import CpuRecorder
 from tests.models import counting_world_model, make_case, sampled_actor, spec_env
-
-
-class _Tape(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple, dict, Any]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
-        return result
-
-
-class CpuRecorder:
-    """Replays the recorded ops into the memory of the recorded results."""
-
-    def record(self, work, warmups):
-        state = torch.get_rng_state()
-        for _ in range(warmups):
-            work()
-        torch.set_rng_state(state)
-        with _Tape() as tape:
-            result = work()
-        torch.set_rng_state(state)
-
-        def replay() -> None:
-            with torch.no_grad():
-                for func, args, kwargs, outs in tape.calls:
-                    again = func(*args, **kwargs)
-                    if isinstance(outs, torch.Tensor):
-                        outs, again = [outs], [again]
-                    for out, new in zip(outs, again, strict=True):
-                        if new.data_ptr() != out.data_ptr():
-                            torch.ops.aten.copy_(out.detach(), new)
-
-        return result, replay
-
-    def random_state(self):
-        return torch.get_rng_state()
-
-    def set_random_state(self, state):
-        torch.set_rng_state(state)
-
-    def advance(self, before, taken, of):
-        self.advanced = (taken, of)
-
 
 STEPS = 6
 
