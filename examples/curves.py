@@ -81,7 +81,7 @@ def _conditions(curves: Sequence[dict[str, Any]]) -> str:
     return (
         f"{quick}{machine['cpu']} ({machine['isa']}), {options['threads']} of {machine['cores']} cores; "
         f"torch {versions['torch']}, torchrl {versions['torchrl']}, tensordict {versions['tensordict']}; "
-        f"fastwm commit {', '.join(commits)}; wall time includes evaluation."
+        f"fastwm commit {', '.join(commits)}. Wall time includes evaluation and what else the machine did."
     )
 
 

@@ -48,8 +48,9 @@ class Run:
             ``steps`` are steps of the real env, ``out`` is a folder, made here.
         options: all of the command line, those that ``arguments`` added included.
         evaluations: the learning curve: ``step``; ``seconds`` of the run, before a resume and in
-            evaluation included; ``evaluating``, the part of them that evaluation took; ``mean``;
-            ``returns``; and what the example added.
+            evaluation included; ``evaluating``, the part of them that evaluation took;
+            ``cpu_seconds``, which a busy machine does not stretch; ``mean``; ``returns``; and what the
+            example added.
         values: the plain values of the checkpoint that :meth:`load` found.
     """
 
@@ -64,6 +65,7 @@ class Run:
         self._bar: tqdm | None = None
         self._test_env: EnvBase | None = None
         self._begin, self._evaluating = time.perf_counter(), 0.0
+        self._cpu_begin = 0.0  # of the process: what came before is the run's as well
         self.out.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(self.threads)
         torchrl.logger.setLevel("WARNING")
@@ -117,8 +119,9 @@ class Run:
         return self._bar
 
     def evaluate(
-        self, step: int, policy: Callable | None, env: EnvBase | None = None, **scalars: float
-    ) -> float:
+        self, step: int, policy: Callable | None, env: EnvBase | None = None,
+        limit: int | None = None, **scalars: float,
+    ) -> float:  # fmt: skip
         """Play 10 real episodes without exploration, record them, return their mean return.
 
         Each step has starts of its own, the same in every run of this seed.
@@ -127,13 +130,15 @@ class Run:
             step: real env steps learnt from so far.
             policy: reads batches ``[10]``.
             env: to play in, by default ``make_env(10)``; for policies that need transforms.
+            limit: decisions per episode, where the policy takes fewer than the task has steps.
             scalars: further things to record, e.g. losses.
         """
         begin = time.perf_counter()
         if env is None:
             env = self._test_env = self._test_env or self.make_env(2 if self.quick else EPISODES)
         env.set_seed(1_000_003 * (self.seed + 1) + step)
-        limit = 20 if self.quick else gymnasium.spec(self.env).max_episode_steps or 1000
+        if limit is None:
+            limit = 20 if self.quick else gymnasium.spec(self.env).max_episode_steps or 1000
         with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
             played = env.rollout(limit, policy, break_when_any_done=False)
         self._evaluating += time.perf_counter() - begin
@@ -142,7 +147,9 @@ class Run:
     def record(self, step: int, returns: Sequence[float], **scalars: float) -> float:
         """Add a point to the learning curve, write ``curve.json``, return the mean of ``returns``."""
         mean = sum(returns) / len(returns)
-        times = {"seconds": round(self.seconds(), 2), "evaluating": round(self._evaluating, 2)}
+        cpu = time.process_time() - self._cpu_begin
+        times = {"seconds": self.seconds(), "evaluating": self._evaluating, "cpu_seconds": cpu}
+        times = {name: round(value, 2) for name, value in times.items()}
         added = {name: float(value) for name, value in scalars.items()}
         point = {"step": step, **times, "mean": mean, "returns": list(returns), **added}
         self.evaluations.append(point)
@@ -164,7 +171,8 @@ class Run:
 
         Real envs are not in it: save between episodes.
         """
-        own = (step, self.seconds(), self._evaluating, self.evaluations)
+        times = (self.seconds(), self._evaluating, time.process_time() - self._cpu_begin)
+        own = (step, times, self.evaluations)
         checkpoints.save(self.out / "checkpoint.pt", self._same(), self._kept, (own, values))
 
     def load(self) -> int:
@@ -177,8 +185,8 @@ class Run:
         if not self.resume or not path.exists():
             return 0
         own, self.values = checkpoints.load(path, self._same(), self._kept)
-        step, seconds, self._evaluating, self.evaluations = own
-        self._begin = time.perf_counter() - seconds
+        step, (seconds, self._evaluating, cpu), self.evaluations = own
+        self._begin, self._cpu_begin = time.perf_counter() - seconds, time.process_time() - cpu
         return step
 
     def finish(self) -> None:

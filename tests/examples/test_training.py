@@ -129,6 +129,9 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(
     assert again.values == {"note": "hello"}
     assert again.evaluations == run.evaluations
     assert again.seconds() >= seconds - 0.1
+    assert again.record(40, [-4.0]) == -4.0
+    assert again.evaluations[1]["cpu_seconds"] >= run.evaluations[0]["cpu_seconds"] > 0
+    run.record(40, [-4.0])
     assert len(own[2]) == 5
     assert learn(*own) == expected
 
