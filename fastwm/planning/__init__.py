@@ -2,6 +2,8 @@
 
 from fastwm.planning.base import Planner
 from fastwm.planning.cem import CEMPlanner
+from fastwm.planning.icem import ICEMPlanner
+from fastwm.planning.mppi import MPPIPlanner
 from fastwm.planning.tdmpc2 import TDMPC2Planner
 
-__all__ = ["CEMPlanner", "Planner", "TDMPC2Planner"]
+__all__ = ["CEMPlanner", "ICEMPlanner", "MPPIPlanner", "Planner", "TDMPC2Planner"]

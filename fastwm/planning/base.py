@@ -331,7 +331,7 @@ def _bootstrap(
     action_key: NestedKey,
     spec: TensorSpec,
     keys: Keys,
-) -> TensorDictModuleBase | None:
+) -> TensorDictSequential | None:
     """The policy's action in the last latent, and the value of both."""
     if policy is not None:
         plays = [path_of(key) for key in cast(list[NestedKey], policy.out_keys)]

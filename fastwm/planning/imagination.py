@@ -105,6 +105,10 @@ class Imagination(ABC):
         """Follow sequences of actions ``[B, N, T, *A]``."""
 
     @abstractmethod
+    def rollout(self, actions: Tensor) -> TensorDictBase:
+        """The same as an env's rollout, ``[B * N, T]``."""
+
+    @abstractmethod
     def policy(self, count: int) -> Imagined:
         """Follow the policy ``count`` times from each start."""
 
@@ -178,6 +182,9 @@ class EagerImagination(Imagination):
         given = actions.flatten(0, 1)
         return self._follow(actions.shape[1], _Given(self.keys.action, given))
 
+    def rollout(self, actions: Tensor) -> TensorDictBase:
+        return self._rolled(actions.shape[1], _Given(self.keys.action, actions.flatten(0, 1)))
+
     def policy(self, count: int) -> Imagined:
         assert self._policy is not None
         return self._follow(count, self._compatible(self._policy))
@@ -198,23 +205,26 @@ class EagerImagination(Imagination):
         )
 
     def _follow(self, count: int, policy: Any) -> Imagined:
+        out = self._rolled(count, policy)
+        last = {path: out.get(next_key(path))[:, -1] for path in self.keys.carried}
+        return self._imagined(count, out.get(self.keys.action), out.get, last, self.keys.done)
+
+    def _rolled(self, count: int, policy: Any) -> TensorDictBase:
         td = rows_of(self.start, count)
-        if isinstance(self.env, FastEnv):
-            steps = []
-            for _ in range(self.horizon):
-                td.update(policy(td))
-                td = self.env.step(td)
-                steps.append(td)
-                td = self.env._step_mdp(td)
-            out: TensorDictBase = torch.stack(steps, 1)
-        else:
+        if not isinstance(self.env, FastEnv):
             # One that starts anew where an episode ends does so, as under torchrl's own planners.
-            out = self.env.rollout(
+            return self.env.rollout(
                 self.horizon, policy, auto_reset=False, tensordict=td, break_when_any_done=False
             )
-        last = {path: out.get(next_key(path))[:, -1] for path in self.keys.carried}
-        keys = self.keys
-        return self._imagined(count, out.get(keys.action), out.get, last, keys.done)
+        steps = []
+        for _ in range(self.horizon):
+            td.update(policy(td))
+            td = self.env.step(td)
+            steps.append(td)
+            td = self.env._step_mdp(td)
+        out: TensorDictBase = torch.stack(steps, 1)
+        out.names = [None, "time"]
+        return out
 
 
 class _Given:

@@ -53,7 +53,7 @@ class Piece:
 
     Args:
         plan: holds the traced step; its watch is its caller's to ask.
-        wanted: paths of the results.
+        wanted: paths of the results; None for all, by the plan's own loops.
         steps: how many.
         fused: on the fused engine, else the captured one.
         follows: whether a step starts from what the one before it left; else there is one, cut short.
@@ -67,7 +67,7 @@ class Piece:
     def __init__(
         self,
         plan: Plan,
-        wanted: Sequence[Any],
+        wanted: Sequence[Any] | None,
         steps: int,
         *,
         fused: bool,
@@ -79,14 +79,17 @@ class Piece:
         self.plan = plan
         self.steps = steps
         self.unfused = unfused
+        self.graph = traced.graph
+        self.fused: FusedLoop | None = None
+        self.loop: CapturedLoop = plan.loop
+        self._kept: list[int] | None = None
+        if wanted is None:
+            self.fused = plan.fused if fused else None
+            return
         carried = traced.carried if follows else ()
-        names = [("td", path) for path in wanted]
-        graph = cut(traced.graph, names, carried)
+        self.graph = graph = cut(traced.graph, [("td", path) for path in wanted], carried)
         kept = {value.index for value, _ in graph.constants}
         self._kept = [i for i, (v, _) in enumerate(traced.graph.constants) if v.index in kept]
-        self.graph = graph
-        self.fused: FusedLoop | None = None
-        self.loop: CapturedLoop | None = None
         if fused:
             self.fused = FusedLoop(
                 graph, carried, traced.fed, (), traced.dim,
@@ -103,7 +106,8 @@ class Piece:
 
     def constants(self) -> list[torch.Tensor]:
         """Parameters and buffers, as they are now."""
-        return [self.plan.constants[i] for i in self._kept]
+        every = self.plan.constants
+        return every if self._kept is None else [every[i] for i in self._kept]
 
     def run(
         self,
@@ -129,9 +133,7 @@ class Piece:
         if self.fused is not None:
             _, results = self.fused.run(self.steps, inputs, self.constants(), feed, stop=False)
             return results
-        assert self.loop is not None
-        run = self.loop.record
-        _, results, found = run(
+        _, results, found = self.loop.record(
             self.steps, inputs, self.constants(), feed, stop=False, exact=self.plan.exact
         )
         if checks is not None:
@@ -143,7 +145,6 @@ class Piece:
     def __str__(self) -> str:
         if self.fused is not None:
             return str(self.fused)
-        assert self.loop is not None
         return self.loop.source()
 
 

@@ -3,28 +3,57 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 
 from fastwm.engines.fused import NotFusible
 from fastwm.fast_env import FastEnv
 from fastwm.plan import fuse_now, plan_for
-from fastwm.planning.imagination import Imagination, Imagined, Keys, Path, mean_of_pair, rows_of
+from fastwm.planning.ensemble import Members, members_of
+from fastwm.planning.imagination import (
+    Imagination,
+    Imagined,
+    Keys,
+    Path,
+    mean_of_pair,
+    members,
+    rows_of,
+)
 from fastwm.planning.pieces import Piece
 from fastwm.request import Feed, NotCapturable, Request
 from fastwm.specs import next_key
 
 __all__ = ["Ask", "TracedImagination"]
 
-Ask = tuple[str, int]  # "candidates", "policy" or "value", and for how many of each environment
+Ask = tuple[
+    str, int
+]  # "candidates", "rollout", "policy" or "value"; for how many of each environment
 
 _KEPT = 32  # pieces kept per planner
+
+
+class _Known:
+    """What a planner's decisions leave for the next one.
+
+    Attributes:
+        pieces: by plan and use, least recently used first.
+        members: see :func:`fastwm.planning.ensemble.members_of`.
+        bootstraps: policy and pair of values, by the latter.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: OrderedDict[Any, Piece] = OrderedDict()
+        self.members: dict[Any, Any] = {}
+        self.bootstraps: dict[Members, TensorDictSequential] = {}
+
+
 # Beside the planners and not in them: a planner is walked, copied and pickled like any module.
-_pieces: WeakKeyDictionary[nn.Module, OrderedDict[Any, Piece]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 class TracedImagination(Imagination):
@@ -51,15 +80,19 @@ class TracedImagination(Imagination):
         asks: Sequence[Ask],
         engine: str,
         action: Tensor,
-        policy: Callable[[TensorDictBase], TensorDictBase] | None = None,
-        bootstrap: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        policy: TensorDictModuleBase | None = None,
+        bootstrap: TensorDictSequential | None = None,
     ) -> None:
         super().__init__(start, keys, horizon)
         self.owner = owner
         self.env = env
         self.engine = engine
         self.action = action
-        self._policies = {"candidates": None, "policy": policy, "value": bootstrap}
+        self._known = _known.setdefault(owner, _Known())
+        self._members: Members | None = None
+        if bootstrap is not None:
+            bootstrap = self._paired(bootstrap)
+        self._policies = {"policy": policy, "value": bootstrap}
         self.pieces: dict[Ask, Piece] = {}
         self._leaves: dict[int, dict[Path, Tensor]] = {}
         #: The checks of all pieces, where they are not to be looked at.
@@ -69,11 +102,26 @@ class TracedImagination(Imagination):
 
     # -- binding
 
+    def _paired(self, bootstrap: TensorDictSequential) -> TensorDictSequential:
+        """With a pair of the value's members in the ensemble's place, where that goes."""
+        action, value = bootstrap.module
+        assert self.keys.value is not None
+        td = rows_of(self.start, 1)
+        td.set(self.keys.action, self.action.expand(self.batch, *self.action.shape))
+        self._members = members_of(value, self.keys.value, td, self._known.members)
+        if self._members is None:
+            return bootstrap
+        known = self._known.bootstraps
+        if self._members not in known:
+            known.clear()
+            known[self._members] = TensorDictSequential(action, self._members)
+        return known[self._members]
+
     def _bind(self, kind: str, count: int) -> Piece:
         env, keys = self.env, self.keys
         follows = kind != "value"
         steps = self.horizon if follows else 1
-        policy = self._policies[kind]
+        policy = self._policies.get(kind)
         td = rows_of(self.start, count)
         request = Request(steps, policy, auto_reset=False, break_when_any_done=False, tensordict=td)
         request.refuse(env)
@@ -85,7 +133,7 @@ class TracedImagination(Imagination):
         if self.engine == "fused":
             fuse_now(env, plan, leaves, feed)
         self._leaves[count] = {path: value.contiguous() for path, value in leaves.items()}
-        known = _pieces.setdefault(self.owner, OrderedDict())
+        known = self._known.pieces
         name = (id(plan), kind, steps, self.engine)
         if name not in known:
             known[name] = self._make(plan, kind, steps)
@@ -96,16 +144,17 @@ class TracedImagination(Imagination):
 
     def _make(self, plan: Any, kind: str, steps: int) -> Piece:
         keys = self.keys
+        wanted: list[Path] | None = None
         if kind == "value":
             assert keys.value is not None
             wanted = [keys.value]
-        else:
+        elif kind != "rollout":
             wanted = [keys.reward, *(next_key(path) for path in keys.carried)]
             if plan.flags_vary():
                 wanted += keys.done
             if kind == "policy":
                 wanted.append(keys.action)
-        for path in wanted:
+        for path in wanted or ():
             if ("td", path) not in plan.traced.graph.outputs:
                 raise NotCapturable(f"no step writes {path}")
         follows = kind != "value"
@@ -131,6 +180,11 @@ class TracedImagination(Imagination):
         results = self.pieces["candidates", count].run(self._leaves[count], given, self.checks)
         return self._taken(count, given, results)
 
+    def rollout(self, actions: Tensor) -> TensorDictBase:
+        piece = self.pieces["rollout", actions.shape[1]]
+        results = piece.run(self._leaves[actions.shape[1]], actions.flatten(0, 1), self.checks)
+        return piece.plan.traced.template.fill(results, self.horizon, 1)
+
     def policy(self, count: int) -> Imagined:
         results = self.pieces["policy", count].run(self._leaves[count], None, self.checks)
         return self._taken(count, results[self.keys.action], results)
@@ -138,10 +192,13 @@ class TracedImagination(Imagination):
     def value(self, last: dict[Path, Tensor], pair: Tensor) -> Tensor:
         assert self.keys.value is not None
         count = next(iter(last.values())).shape[1]
+        if self._members is not None:
+            self._members.pair.copy_(members(pair, self._members.count))
         inputs = dict(self._leaves[count])
         inputs.update({path: value.flatten(0, 1).contiguous() for path, value in last.items()})
         results = self.pieces["value", count].run(inputs, None, self.checks)
-        return mean_of_pair(results[self.keys.value].reshape(self.batch, count, -1), pair)
+        values = results[self.keys.value].reshape(self.batch, count, -1)
+        return mean_of_pair(values, pair) if self._members is None else values.mean(-1)
 
     def _taken(self, count: int, actions: Tensor, results: dict[Path, Tensor]) -> Imagined:
         last = {path: results[next_key(path)][:, -1] for path in self.keys.carried}
