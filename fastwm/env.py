@@ -28,6 +28,7 @@ from fastwm.specs import (
     unbounded,
     with_leaf,
 )
+from fastwm.wiring import MissingKeyError, check_step_wiring, missing_of
 
 __all__ = ["WorldModelEnv"]
 
@@ -157,6 +158,9 @@ class WorldModelEnv(FastEnv, ModelBasedEnvBase):
             shape=base_env.batch_size,
         ))  # fmt: skip
         self._set_latent_specs(observation_spec, known, base_env)
+        check_step_wiring(
+            self.world_model, world_model, self.full_state_spec, self.full_action_spec
+        )
 
     # ---------------------------------------------------------------- specs
 
@@ -279,6 +283,24 @@ class WorldModelEnv(FastEnv, ModelBasedEnvBase):
                 start.set(key, flag.clone())
         return start
 
+    def diagnose(self, request: Request, error: Exception) -> None:
+        """Say so where the policy, or the step, reads a key that is not there."""
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, MissingKeyError):
+                raise cause if cause is error else MissingKeyError(*cause.args) from error
+            cause = cause.__cause__
+        start = TensorDict() if request.tensordict is None else request.tensordict.exclude("next")
+        there = {unravel_key(key) for key in (*start.keys(True, True), *self.done_keys)}
+        if request.auto_reset:  # what no reset could do without
+            there |= {*self.step_keys.required}
+        missing = missing_of(request.own_policy, there)
+        if missing is not None:
+            raise MissingKeyError(
+                f"The policy reads {missing.key!r}, which is not there: a step begins with "
+                f"{sorted(there, key=str)}."
+            ) from error
+
     @property
     def restart(self) -> str:
         return "" if self.initial_state is None else "finished rows restart from initial_state"
@@ -319,7 +341,7 @@ class WorldModelEnv(FastEnv, ModelBasedEnvBase):
         inputs = tensordict.copy()
         # A "next" left over from another step is not this step's prediction.
         inputs.pop("next", None)
-        predicted = self.world_model(inputs).get("next", None)
+        predicted = self._predict(inputs).get("next", None)
         if predicted is None:
             predicted = TensorDict({}, batch_size=tensordict.batch_size, device=self.device)
         self._check_closes(tensordict, predicted)
@@ -341,6 +363,17 @@ class WorldModelEnv(FastEnv, ModelBasedEnvBase):
                 size = (*out.batch_size, *tail) if given is None else given.batch_size
                 group.batch_size = torch.Size(size)
         return out
+
+    def _predict(self, inputs: TensorDictBase) -> TensorDictBase:
+        try:
+            return self.world_model(inputs)
+        except Exception as error:
+            missing = missing_of(self.world_model, inputs.keys(True, True))
+            if missing is None:
+                raise
+            raise MissingKeyError(
+                f"The step reads {missing.key!r}, which is not there: there is {_listed(inputs)}."
+            ) from error
 
     def _check_closes(self, tensordict: TensorDictBase, predicted: TensorDictBase) -> None:
         """A latent that changes shape in a step fails here, not as a matrix product a step later."""
@@ -558,6 +591,10 @@ class WorldModelEnv(FastEnv, ModelBasedEnvBase):
 
     def _set_seed(self, seed: int | None) -> None:
         """Nothing to seed: an imagined env draws from torch's global generator."""
+
+
+def _listed(tensordict: TensorDictBase) -> list[NestedKey]:
+    return sorted(map(unravel_key, tensordict.keys(True, True)), key=str)
 
 
 def _leaf(key: NestedKey) -> str:

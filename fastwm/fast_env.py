@@ -60,6 +60,9 @@ class FastEnv(EnvBase):
         """What of this env leaves the rollout to the eager path, or ``""``."""
         return ""
 
+    def diagnose(self, request: Request, error: Exception) -> None:
+        """Raise a clearer error, where a rollout failed and the cause of it is known."""
+
     def unwatched(self) -> list[Any]:
         """Reachable from the env, and without a part in the step: changes there make no plan stale."""
         # What torchrl's own cache holds follows from the specs, which are watched.
@@ -114,14 +117,16 @@ class FastEnv(EnvBase):
             RuntimeError: no start latent; a batch or latent of another shape than the env's; or an engine
                 asked for by name that cannot run this (the message says why).
         """
-        return rollout(
-            self,
-            Request(
-                max_steps, policy, callback, actions, auto_reset, auto_cast_to_device,
-                break_when_any_done, break_when_all_done, return_contiguous, tensordict,
-                set_truncated, out, trust_policy, storing_device, set_state,
-            ),
+        request = Request(
+            max_steps, policy, callback, actions, auto_reset, auto_cast_to_device,
+            break_when_any_done, break_when_all_done, return_contiguous, tensordict,
+            set_truncated, out, trust_policy, storing_device, set_state,
         )  # fmt: skip
+        try:
+            return rollout(self, request)
+        except Exception as error:
+            self.diagnose(request, error)
+            raise
 
     def eager_rollout(self, request: Request) -> TensorDictBase:
         """The reference: ``EnvBase.rollout`` itself, on this env."""
