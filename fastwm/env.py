@@ -285,10 +285,12 @@ class WorldModelEnv(FastEnv, ModelBasedEnvBase):
 
     def diagnose(self, request: Request, error: Exception) -> None:
         """Say so where the policy, or the step, reads a key that is not there."""
-        cause: BaseException | None = error
-        while cause is not None:
+        if isinstance(error, MissingKeyError):
+            return
+        cause = error.__cause__
+        while cause is not None:  # an engine by name says that it cannot, because of it
             if isinstance(cause, MissingKeyError):
-                raise cause if cause is error else MissingKeyError(*cause.args) from error
+                raise MissingKeyError(*cause.args) from error
             cause = cause.__cause__
         start = TensorDict() if request.tensordict is None else request.tensordict.exclude("next")
         there = {unravel_key(key) for key in (*start.keys(True, True), *self.done_keys)}
