@@ -31,7 +31,8 @@ from fastwm.planning.imagination import (
     path_of,
 )  # fmt: skip
 from fastwm.planning.traced import Ask, TracedImagination
-from fastwm.request import NotCapturable
+from fastwm.request import NotCapturable, Request
+from fastwm.rollout import start_of
 from fastwm.tracing import Untraceable, cuda_device
 
 __all__ = ["Planner"]
@@ -102,7 +103,7 @@ class Planner(MPCPlannerBase):
             tuple(path_of(key) for key in _planning_done_keys(env)),
             tuple(map(path_of, carried)), None if value_key is None else path_of(value_key),
         )  # fmt: skip
-        self._bootstrap = _bootstrap(policy, value, action_key, action_spec, self.keys)
+        self._bootstrap = _bootstrap(policy, value, action_key, value_key, action_spec, self.keys)
         for module in (policy, self._bootstrap):
             if module is not None:
                 required += [
@@ -315,6 +316,8 @@ class Planner(MPCPlannerBase):
             )
         optional = self.env.full_state_spec.keys(True, True)
         start = flat_start(tensordict.select(*self.in_keys, *optional, strict=False))
+        if isinstance(self.env, WorldModelEnv):
+            return start_of(self.env, Request(1, tensordict=start))
         for key, flag in zero_done(self.env, start.batch_size).items():
             start.set(key, flag)
         return start
@@ -322,13 +325,14 @@ class Planner(MPCPlannerBase):
     def _warn(self, text: str) -> None:
         if text not in self._warned:
             self._warned.add(text)
-            warnings.warn(f"fastwm: {text}", stacklevel=5)
+            warnings.warn(f"fastwm: {text}", stacklevel=7)
 
 
 def _bootstrap(
     policy: TensorDictModuleBase | None,
     value: TensorDictModuleBase | None,
     action_key: NestedKey,
+    value_key: NestedKey | None,
     spec: TensorSpec,
     keys: Keys,
 ) -> TensorDictSequential | None:
@@ -341,7 +345,7 @@ def _bootstrap(
         return None
     written = [path_of(key) for key in cast(list[NestedKey], value.out_keys)]
     if keys.value not in written:
-        raise KeyError(f"The value writes {value.out_keys}, not value_key={keys.value}.")
+        raise KeyError(f"The value writes {value.out_keys}, not value_key={value_key!r}.")
     if policy is None:
         if keys.action in [path_of(key) for key in cast(list[NestedKey], value.in_keys)]:
             raise KeyError(

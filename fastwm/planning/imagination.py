@@ -122,22 +122,26 @@ class Imagination(ABC):
         """
 
     def _imagined(
-        self, count: int, actions: Tensor, results: Callable[[Path], Tensor], last: dict[Path, Tensor],
+        self, count: int, results: Callable[[Path], Tensor | None], actions: Tensor,
         done: tuple[Path, ...],
     ) -> Imagined:  # fmt: skip
         """Results by path, ``[B * N, T, ...]``, taken apart."""
-        lead = self.batch, count
+        lead, keys = (self.batch, count), self.keys
+
+        def read(path: Path) -> Tensor:
+            found = results(path)
+            if found is None:
+                raise KeyError(f"The planner reads {path}, but no step writes {path}.")
+            return found
+
         flag: Tensor | None = None
         for path in done:
-            one = self._one(results(path), path)
+            one = self._one(read(path), path)
             flag = one if flag is None else flag | one
-        rewards = self._one(results(self.keys.reward), self.keys.reward)
-        return Imagined(
-            actions.unflatten(0, lead),
-            rewards.unflatten(0, lead),
-            None if flag is None else flag.unflatten(0, lead),
-            {path: value.unflatten(0, lead) for path, value in last.items()},
-        )
+        last = {path: read(next_key(path))[:, -1].unflatten(0, lead) for path in keys.carried}
+        rewards = self._one(read(keys.reward), keys.reward).unflatten(0, lead)
+        ends = None if flag is None else flag.unflatten(0, lead)
+        return Imagined(actions.unflatten(0, lead), rewards, ends, last)
 
     def _one(self, value: Tensor, path: Path) -> Tensor:
         """``[rows, T, 1] -> [rows, T]``."""
@@ -206,8 +210,7 @@ class EagerImagination(Imagination):
 
     def _follow(self, count: int, policy: Any) -> Imagined:
         out = self._rolled(count, policy)
-        last = {path: out.get(next_key(path))[:, -1] for path in self.keys.carried}
-        return self._imagined(count, out.get(self.keys.action), out.get, last, self.keys.done)
+        return self._imagined(count, out.get, out.get(self.keys.action), self.keys.done)
 
     def _rolled(self, count: int, policy: Any) -> TensorDictBase:
         td = rows_of(self.start, count)

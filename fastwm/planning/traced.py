@@ -156,7 +156,7 @@ class TracedImagination(Imagination):
                 wanted.append(keys.action)
         for path in wanted or ():
             if ("td", path) not in plan.traced.graph.outputs:
-                raise NotCapturable(f"no step writes {path}")
+                raise KeyError(f"The planner reads {path}, but no step writes {path}.")
         follows = kind != "value"
         reason = plan.unfused or (plan.fused.slower if plan.fused is not None else "")
         if plan.fused is not None and (self.engine == "fused" or not reason):
@@ -201,6 +201,5 @@ class TracedImagination(Imagination):
         return mean_of_pair(values, pair) if self._members is None else values.mean(-1)
 
     def _taken(self, count: int, actions: Tensor, results: dict[Path, Tensor]) -> Imagined:
-        last = {path: results[next_key(path)][:, -1] for path in self.keys.carried}
         done = tuple(path for path in self.keys.done if path in results)
-        return self._imagined(count, actions, results.__getitem__, last, done)
+        return self._imagined(count, results.get, actions, done)
