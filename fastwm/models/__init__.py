@@ -6,7 +6,10 @@ A family is one file here and one line below. It knows no engine: what makes it 
 
 from fastwm.models.family import Family
 from fastwm.models.mbpo import mbpo
+from fastwm.models.rssm.categorical_loss import DreamerV3ModelLoss
 from fastwm.models.rssm.dreamer_v1 import dreamer_v1
+from fastwm.models.rssm.dreamer_v2 import dreamer_v2
+from fastwm.models.rssm.dreamer_v3 import dreamer_v3
 from fastwm.models.rssm.family import RSSMFamily
 from fastwm.models.rssm.filter import RSSMFilter
 from fastwm.models.rssm.loss import DreamerModelLoss
@@ -17,11 +20,14 @@ from fastwm.models.tdmpc2 import tdmpc2
 
 __all__ = [
     "DreamerModelLoss",
+    "DreamerV3ModelLoss",
     "Family",
     "RSSMFamily",
     "RSSMFilter",
     "RSSMRollout",
     "dreamer_v1",
+    "dreamer_v2",
+    "dreamer_v3",
     "insert_resets",
     "mbpo",
     "planet",

@@ -1,14 +1,31 @@
-"""torchrl's recurrent state-space models in small, wired as its recipes do, and batches for them."""
+"""torchrl's recurrent state-space models in small, wired as its recipes do; batches and envs for them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torchrl.modules as torchrl_modules
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.envs import EnvBase
 from torchrl.modules import RSSMPosterior, RSSMPosteriorV3, RSSMPrior, RSSMPriorV3
 
-__all__ = ["ACTION", "BELIEF", "EMBEDDING", "KINDS", "batch_of", "pair", "reference"]
+from fastwm.models import RSSMFamily, insert_resets
+
+__all__ = [
+    "ACTION",
+    "BELIEF",
+    "EMBEDDING",
+    "KINDS",
+    "Images",
+    "batch_of",
+    "pair",
+    "reference",
+    "rows_of",
+    "start_of",
+]
 
 BELIEF, EMBEDDING, ACTION = 16, 10, 2
 GROUPS, CLASSES = 3, 4
@@ -67,3 +84,44 @@ def batch_of(kind: str, *shape: int, resets: bool = True) -> TensorDict:
     if resets:
         batch["is_init"] = torch.rand(*shape, 1) < 0.3
     return batch
+
+
+class Images(EnvBase):
+    """Emits noise of 64 x 64 pixels; done after five steps."""
+
+    def __init__(self, shape: tuple[int, ...] = (3, 64, 64), dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.observation_spec = Composite(pixels=Unbounded(shape, dtype=dtype))
+        self.action_spec = Bounded(-1, 1, (2,))
+        self.reward_spec = Unbounded(1)
+
+    def _reset(self, tensordict: Any = None, **kwargs: Any) -> TensorDict:
+        self.count = 0
+        return TensorDict({"pixels": torch.rand(3, 64, 64)})
+
+    def _step(self, tensordict: Any) -> TensorDict:
+        self.count += 1
+        done = torch.tensor([self.count >= 5])
+        return TensorDict(
+            {
+                "pixels": torch.rand(3, 64, 64),
+                "reward": torch.ones(1),
+                "done": done,
+                "terminated": done,
+            }
+        )
+
+    def _set_seed(self, seed: int | None) -> None: ...
+
+
+def start_of(family: RSSMFamily, *batch: int) -> TensorDict:
+    widths = dict(zip(("state", "belief"), family.sizes, strict=False))
+    values = {key: torch.randn(*batch, n).requires_grad_() for key, n in widths.items()}
+    return TensorDict(values, batch)
+
+
+def rows_of(family: RSSMFamily, base_env: EnvBase, steps: int = 9) -> TensorDict:
+    actor = family.actor(family.policy or family.env(base_env).rand_action)
+    key = family.observation_key
+    data = family.real_env(base_env).rollout(steps, actor, break_when_any_done=False)
+    return insert_resets(data, observation_keys=[key])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
-from torchrl.data import Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase, GymEnv, SerialEnv
+from torchrl.data import Unbounded
+from torchrl.envs import GymEnv, SerialEnv
 from torchrl.modules import CEMPlanner, DreamerActor, RSSMPosterior, RSSMPrior
 from torchrl.modules import RSSMRollout as TorchRLRollout
 
@@ -17,6 +17,7 @@ import fastwm
 from fastwm.models import RSSMFamily, dreamer_v1, insert_resets, planet
 from fastwm.models.rssm.prior import Prior
 from tests.compare import assert_parity
+from tests.families.rssm_models import Images, rows_of, start_of
 
 SMALL: dict[str, Any] = {"deter_size": 16, "stoch_size": 4, "num_units": 16, "embedding": 12}
 VARIANTS: dict[str, Any] = {
@@ -24,34 +25,6 @@ VARIANTS: dict[str, Any] = {
     "dreamer_v1": lambda env: dreamer_v1(env, **SMALL),
     "dreamer_v1 pcont": lambda env: dreamer_v1(env, pcont=True, **SMALL),
 }
-
-
-class Images(EnvBase):
-    """Emits noise of 64 x 64 pixels; done after five steps."""
-
-    def __init__(self, shape: tuple[int, ...] = (3, 64, 64), dtype: torch.dtype = torch.float32):
-        super().__init__()
-        self.observation_spec = Composite(pixels=Unbounded(shape, dtype=dtype))
-        self.action_spec = Bounded(-1, 1, (2,))
-        self.reward_spec = Unbounded(1)
-
-    def _reset(self, tensordict: Any = None, **kwargs: Any) -> TensorDict:
-        self.count = 0
-        return TensorDict({"pixels": torch.rand(3, 64, 64)})
-
-    def _step(self, tensordict: Any) -> TensorDict:
-        self.count += 1
-        done = torch.tensor([self.count >= 5])
-        return TensorDict(
-            {
-                "pixels": torch.rand(3, 64, 64),
-                "reward": torch.ones(1),
-                "done": done,
-                "terminated": done,
-            }
-        )
-
-    def _set_seed(self, seed: int | None) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +36,6 @@ def base_env() -> GymEnv:
 def family(request: pytest.FixtureRequest, base_env: GymEnv) -> RSSMFamily:
     torch.manual_seed(0)
     return VARIANTS[request.param](base_env)
-
-
-def start_of(family: RSSMFamily, *batch: int) -> TensorDict:
-    widths = dict(zip(("state", "belief"), family.sizes, strict=False))
-    values = {key: torch.randn(*batch, n).requires_grad_() for key, n in widths.items()}
-    return TensorDict(values, batch)
-
-
-def rows_of(family: RSSMFamily, base_env: EnvBase, steps: int = 9) -> TensorDict:
-    actor = family.actor(family.policy or family.env(base_env).rand_action)
-    key = family.observation_key
-    data = family.real_env(base_env).rollout(steps, actor, break_when_any_done=False)
-    return insert_resets(data, observation_keys=[key])
 
 
 class TestImagination:
@@ -327,7 +287,9 @@ class TestBadInput:
     def test_an_unbounded_action(self) -> None:
         env = Images()
         env.action_spec = Unbounded(2)
-        with pytest.raises(ValueError, match="action must be bounded, its spec is a Unbounded"):
+        with pytest.raises(
+            ValueError, match="action must be bounded or one-hot, its spec is a Unbounded"
+        ):
             dreamer_v1(env, observation_key="pixels")
 
     def test_a_checkpoint_of_another_size(self, base_env: GymEnv) -> None:

@@ -6,7 +6,8 @@ How one is put together and trained, from another file::
 
     # real data: rows that say what led to each observation, an episode's first one included
     env = family.real_env(base_env)                      # is_init, state, belief, previous_action
-    data = env.rollout(200, family.actor())              # or a collector with that policy; [T]
+    with torch.no_grad():
+        data = env.rollout(200, family.actor())          # or a collector with that policy; [T]
     buffer.extend(insert_resets(data))
 
     # world model: sequences [B, T], which may cross episodes

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import torch
-from tensordict.nn import (
-    InteractionType,
-    ProbabilisticTensorDictModule,
-    ProbabilisticTensorDictSequential,
-    TensorDictModule,
-)
+from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.data import Bounded
 from torchrl.envs import EnvBase
-from torchrl.modules import MLP, DreamerActor, TanhNormal
+from torchrl.modules import MLP, DreamerActor
 
 from fastwm.models.family import width_of
 from fastwm.models.rssm.family import RSSMFamily
 from fastwm.models.rssm.gaussian import gaussian_family
+from fastwm.models.rssm.heads import action_of, tanh_normal_actor
 from fastwm.models.rssm.keys import ACTION, LATENTS
 from fastwm.models.rssm.loss import DreamerModelLoss
 from fastwm.models.rssm.observation import conv_observation, dense_observation, observation_shape
 
-__all__ = ["dreamer_v1", "tanh_normal_actor"]
+__all__ = ["dreamer_v1"]
 
 
 def dreamer_v1(
@@ -101,6 +96,7 @@ def dreamer_v1(
     actor = DreamerActor(
         width_of(base_env, ACTION), depth=4, num_cells=num_units, std_bias=action_init_std
     )
+    actor(torch.zeros(1, stoch_size), torch.zeros(1, deter_size))  # its first layer is lazy
     value = MLP(latent, 1, depth=3, num_cells=num_units, activation_class=nn.ELU)
     settings = {
         "observation": tuple(shape),
@@ -122,7 +118,7 @@ def dreamer_v1(
         activation=nn.ELU,
         observation_key=observation_key,
         continuation_layers=3 if pcont else 0,
-        policy=tanh_normal_actor(base_env, actor, stoch_size, deter_size),
+        policy=tanh_normal_actor(action_of(base_env), actor),
         value=TensorDictModule(value, LATENTS, ["state_value"]),
     )
     # Unit Gaussians: half the squared error each.
@@ -138,28 +134,3 @@ def dreamer_v1(
     )
     family.loss.set_keys(pixels=observation_key, reco_pixels=f"reco_{observation_key}")
     return family
-
-
-def tanh_normal_actor(
-    base_env: EnvBase, actor: nn.Module, state: int, belief: int
-) -> ProbabilisticTensorDictSequential:
-    """A policy from ``(state, belief) -> (loc, scale)``: a Gaussian squashed to the action's bounds, its
-    mean kept within +-5 before that (as in Dreamer's code).
-
-    Raises:
-        ValueError: the action is not bounded.
-    """
-    spec = base_env.full_action_spec_unbatched[ACTION]
-    if not isinstance(spec, Bounded):
-        raise ValueError(f"The action must be bounded, its spec is a {type(spec).__name__}.")
-    actor(torch.zeros(1, state), torch.zeros(1, belief))  # its first layer is lazy
-    return ProbabilisticTensorDictSequential(
-        TensorDictModule(actor, LATENTS, ["loc", "scale"]),
-        ProbabilisticTensorDictModule(
-            ["loc", "scale"],
-            [ACTION],
-            default_interaction_type=InteractionType.RANDOM,
-            distribution_class=TanhNormal,
-            distribution_kwargs={"tanh_loc": True, "low": spec.space.low, "high": spec.space.high},
-        ),
-    )

@@ -9,11 +9,11 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
-from torchrl.data import Unbounded
+from torchrl.data import TensorSpec, Unbounded
 from torchrl.envs import Compose, EnvBase, InitTracker, TensorDictPrimer, TransformedEnv
 
 from fastwm.models.family import Family
-from fastwm.models.rssm.filter import FirstLatents, Remember, RSSMFilter
+from fastwm.models.rssm.filter import Act, FirstLatents, RSSMFilter
 from fastwm.models.rssm.keys import (
     ACTION,
     BELIEF,
@@ -25,6 +25,7 @@ from fastwm.models.rssm.keys import (
 )
 from fastwm.models.rssm.observation import ObservationModel
 from fastwm.models.rssm.posterior import RSSMRollout
+from fastwm.models.rssm.prior import Prior, PriorV3
 from fastwm.world_model import WorldModel
 
 __all__ = ["RSSMFamily"]
@@ -45,7 +46,8 @@ class RSSMFamily(Family):
         reward: ``(("next", "state"), ("next", "belief")) -> ("next", "reward")``.
 
     Keyword Args:
-        sizes: widths of ``state``, ``belief`` and ``action``.
+        sizes: widths of ``state`` and ``belief``.
+        action_spec: of the base env.
         statistics: names of what prior and posterior say of the state, e.g. ``("mean", "std")``:
             ``("next", "prior_mean")``, ....
         observation_key: of the base env.
@@ -72,12 +74,13 @@ class RSSMFamily(Family):
         self,
         name: str,
         settings: Mapping[str, Any],
-        prior: nn.Module,
+        prior: Prior | PriorV3,
         posterior: nn.Module,
         observation: ObservationModel,
         reward: TensorDictModuleBase,
         *,
-        sizes: tuple[int, int, int],
+        sizes: tuple[int, int],
+        action_spec: TensorSpec,
         statistics: Sequence[str],
         observation_key: str,
         continuation: TensorDictModuleBase | None = None,
@@ -94,9 +97,10 @@ class RSSMFamily(Family):
                 [*of["posterior"], ("next", STATE)],
             ),
         )
+        first = FirstLatents(prior, posterior, (*sizes, action_spec.shape[-1]))
         encoder = TensorDictSequential(
             TensorDictModule(observation.encoder, [observation_key], [EMBEDDING]),
-            TensorDictModule(FirstLatents(prior, posterior, sizes), [EMBEDDING], LATENTS),
+            TensorDictModule(first, [EMBEDDING], LATENTS),
         )
         reconstruction = f"reco_{observation_key}"
         world_model = _WorldModel(
@@ -124,6 +128,7 @@ class RSSMFamily(Family):
             continuation=continuation,
         )  # fmt: skip
         self.sizes = sizes
+        self.action_spec = action_spec
         self.observation_key = observation_key
 
     def real_env(self, env: EnvBase) -> TransformedEnv:
@@ -131,7 +136,7 @@ class RSSMFamily(Family):
 
         Adds ``is_init`` and, zero at first, ``state``, ``belief`` and ``previous_action``.
         """
-        state, belief, _ = self.sizes
+        state, belief = self.sizes
         action = env.full_action_spec_unbatched[ACTION]
         primer = TensorDictPrimer(
             {
@@ -142,7 +147,7 @@ class RSSMFamily(Family):
             default_value=0,
             expand_specs=True,
         )
-        return TransformedEnv(env, Compose(InitTracker(), primer))
+        return TransformedEnv(env, Compose(InitTracker(), primer), auto_unwrap=True)
 
     def actor(
         self,
@@ -161,15 +166,15 @@ class RSSMFamily(Family):
         if policy is None:
             raise ValueError(f"{self.name} has no policy of its own: give one, e.g. a planner.")
         encode = self.world_model.encoder[0]
-        return TensorDictSequential(encode, self.filter, policy, Remember())
+        return TensorDictSequential(encode, self.filter, policy, Act(self.action_spec))
 
 
 class _FromZero(TensorDictModuleBase):
     """Latents to begin a sequence with, where the batch ``[*B, T]`` brings none."""
 
-    def __init__(self, sizes: tuple[int, int, int]) -> None:
+    def __init__(self, sizes: tuple[int, int]) -> None:
         super().__init__()
-        self.widths = {STATE: sizes[0], BELIEF: sizes[1]}
+        self.widths = dict(zip(LATENTS, sizes, strict=True))
         self.in_keys = [ACTION]
         self.out_keys = LATENTS
 

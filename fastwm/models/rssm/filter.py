@@ -6,6 +6,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
+from torchrl.data import Bounded, TensorSpec
 
 from fastwm.models.rssm.keys import (
     ACTION,
@@ -17,8 +18,9 @@ from fastwm.models.rssm.keys import (
     PREVIOUS_ACTION,
     STATE,
 )
+from fastwm.models.rssm.prior import Prior, PriorV3
 
-__all__ = ["FirstLatents", "RSSMFilter", "Remember"]
+__all__ = ["Act", "FirstLatents", "RSSMFilter"]
 
 
 class RSSMFilter(TensorDictModuleBase):
@@ -29,11 +31,11 @@ class RSSMFilter(TensorDictModuleBase):
     as zero, to the present ``state`` and ``belief``, written over those of before.
 
     Args:
-        prior: ``(state, belief, action) -> (..., state, belief)``.
+        prior: its belief is what is needed of it.
         posterior: ``(belief, embedding) -> (..., state)``.
     """
 
-    def __init__(self, prior: nn.Module, posterior: nn.Module) -> None:
+    def __init__(self, prior: Prior | PriorV3, posterior: nn.Module) -> None:
         super().__init__()
         self.prior, self.posterior = prior, posterior
         self.in_keys = [*LATENTS, PREVIOUS_ACTION, EMBEDDING, IS_INIT]
@@ -57,7 +59,9 @@ class FirstLatents(nn.Module):
         sizes: widths of state, belief and action.
     """
 
-    def __init__(self, prior: nn.Module, posterior: nn.Module, sizes: tuple[int, int, int]) -> None:
+    def __init__(
+        self, prior: Prior | PriorV3, posterior: nn.Module, sizes: tuple[int, int, int]
+    ) -> None:
         super().__init__()
         self.prior, self.posterior, self.sizes = prior, posterior, sizes
 
@@ -67,7 +71,7 @@ class FirstLatents(nn.Module):
 
 
 def _filtered(
-    prior: nn.Module,
+    prior: Prior | PriorV3,
     posterior: nn.Module,
     state: Tensor,
     belief: Tensor,
@@ -75,20 +79,30 @@ def _filtered(
     embedding: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """State and belief after an action and what was then observed."""
-    *_, belief = prior(state, belief, action)
+    belief = prior.belief(state, belief, action)
     *_, state = posterior(belief, embedding)
     return state, belief
 
 
-class Remember(TensorDictModuleBase):
-    """Hands latents and action on to the next step of a real env."""
+class Act(TensorDictModuleBase):
+    """Brings a real env's action within its bounds; hands it and the latents on to the next step.
 
-    def __init__(self) -> None:
+    Args:
+        spec: of the action.
+    """
+
+    def __init__(self, spec: TensorSpec) -> None:
         super().__init__()
+        self.spec = spec
         self.in_keys = [*LATENTS, ACTION]
-        self.out_keys = [*NEXT_LATENTS, ("next", PREVIOUS_ACTION)]
+        self.out_keys = [ACTION, *NEXT_LATENTS, ("next", PREVIOUS_ACTION)]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        for key, following in zip(self.in_keys, self.out_keys, strict=True):
+        if isinstance(self.spec, Bounded):
+            action = tensordict.get(ACTION)
+            space = self.spec.space
+            low, high = space.low.to(action.device), space.high.to(action.device)
+            tensordict.set(ACTION, action.clamp(low, high))
+        for key, following in zip(self.in_keys, self.out_keys[1:], strict=True):
             tensordict.set(following, tensordict.get(key))
         return tensordict

@@ -6,33 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
-from torch import Tensor, nn
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.modules import MLP, RSSMPosterior
 
 from fastwm.models.family import width_of
 from fastwm.models.rssm.family import RSSMFamily
+from fastwm.models.rssm.heads import continuation_head
 from fastwm.models.rssm.keys import ACTION, NEXT_LATENTS
 from fastwm.models.rssm.observation import ObservationModel
 from fastwm.models.rssm.prior import Prior
 
-__all__ = ["Terminates", "continuation_head", "gaussian_family"]
-
-
-class Terminates(nn.Module):
-    """The logit of going on to the flag of ending: ``[*B, 1] -> bool [*B, 1]``."""
-
-    def forward(self, logit: Tensor) -> Tensor:
-        return logit < 0
-
-
-def continuation_head(net: nn.Module) -> TensorDictSequential:
-    """A continuation from a network ``(state, belief) -> logit [*B, 1]``."""
-    return TensorDictSequential(
-        TensorDictModule(net, NEXT_LATENTS, [("next", "continue_pred")]),
-        TensorDictModule(Terminates(), [("next", "continue_pred")], [("next", "terminated")]),
-    )
+__all__ = ["gaussian_family"]
 
 
 def gaussian_family(
@@ -77,7 +63,8 @@ def gaussian_family(
         RSSMPosterior(belief, state, rnn_hidden_dim=belief, obs_embed_dim=observation.embedding),
         observation,
         TensorDictModule(head(2), NEXT_LATENTS, [("next", "reward")]),
-        sizes=(state, belief, action),
+        sizes=(state, belief),
+        action_spec=base_env.full_action_spec_unbatched[ACTION],
         statistics=("mean", "std"),
         observation_key=observation_key,
         continuation=continuation_head(head(continuation_layers)) if continuation_layers else None,

@@ -7,11 +7,26 @@ from dataclasses import dataclass
 
 import torch
 from tensordict.utils import NestedKey
-from torch import nn
+from torch import Tensor, nn
 from torchrl.envs import EnvBase
-from torchrl.modules import MLP, ObsDecoder, ObsEncoder
+from torchrl.modules import (
+    MLP,
+    DreamerV3ImageDecoder,
+    DreamerV3ImageEncoder,
+    DreamerV3MLP,
+    ObsDecoder,
+    ObsEncoder,
+)
+from torchrl.modules.functional import symexp, symlog
 
-__all__ = ["ObservationModel", "conv_observation", "dense_observation", "observation_shape"]
+__all__ = [
+    "ObservationModel",
+    "conv_observation",
+    "conv_observation_v3",
+    "dense_observation",
+    "dense_observation_v3",
+    "observation_shape",
+]
 
 
 @dataclass(frozen=True)
@@ -117,3 +132,65 @@ def conv_observation(shape: torch.Size, latent: int, *, channels: int = 32) -> O
     encoder = ObsEncoder(channels, in_channels=shape[0])
     decoder = ObsDecoder(channels, latent_dim=latent, out_channels=shape[0])
     return ObservationModel(encoder, decoder, 32 * channels, shape)
+
+
+class _InSymlog(nn.Module):
+    """A network on the symlog of a vector."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(symlog(x))
+
+
+class _FromSymlog(nn.Module):
+    """A network that says the symlog of a vector."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, state: Tensor, belief: Tensor) -> Tensor:
+        return symexp(self.net(state, belief))
+
+
+def dense_observation_v3(
+    shape: torch.Size, latent: int, *, layers: int = 3, units: int
+) -> ObservationModel:
+    """Two ``torchrl.modules.DreamerV3MLP`` on symlogs; the embedding is the last hidden layer.
+
+    Args:
+        shape: ``[O]``.
+        latent: width of state and belief together.
+
+    Keyword Args:
+        layers, units: of each. 3 (official repository, ``configs.yaml``).
+    """
+    encoder = DreamerV3MLP(shape[0], None, depth=layers, num_cells=units)
+    decoder = DreamerV3MLP(latent, shape[0], depth=layers, num_cells=units)
+    return ObservationModel(_InSymlog(encoder), _FromSymlog(decoder), units, shape)
+
+
+def conv_observation_v3(
+    shape: torch.Size, latent: int, *, depth: int, mults: tuple[int, ...] = (2, 3, 4, 4)
+) -> ObservationModel:
+    """``torchrl.modules.DreamerV3ImageEncoder`` and ``DreamerV3ImageDecoder``.
+
+    They halve by strides; the official repository's default halves by max-pooling, and its decoder
+    projects state and belief apart.
+
+    Args:
+        shape: ``[C, H, W]``, in [0, 1].
+        latent: width of state and belief together, a multiple of 8.
+
+    Keyword Args:
+        depth, mults: stage ``i`` has ``depth * mults[i]`` channels. (2, 3, 4, 4) (``configs.yaml``).
+
+    Raises:
+        ValueError: height or width cannot be halved at each stage.
+    """
+    encoder = DreamerV3ImageEncoder(shape[0], depth, mults)
+    decoder = DreamerV3ImageDecoder(latent, tuple(shape), depth, mults)
+    return ObservationModel(encoder, decoder, encoder.output_features(tuple(shape)), shape)

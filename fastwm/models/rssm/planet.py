@@ -26,6 +26,7 @@ def planet(
     free_nats: float = 3.0,
     divergence_scale: float = 1.0,
     reward_loss_scale: float = 10.0,
+    image_loss_scale: float = 1.0,
     observation_key: str = "observation",
 ) -> RSSMFamily:
     """PlaNet (Hafner et al. 2019): a Gaussian RSSM with a reward head. It has no policy: it plans.
@@ -46,8 +47,8 @@ def planet(
         cnn_depth: channels of an image's first convolution. 32 (paper: those of "World Models").
         embedding: width of a vector's embedding, behind two hidden layers of ``num_units``. 1024, an
             image's (the paper has images alone).
-        free_nats, divergence_scale, reward_loss_scale: of the loss: 3, which bounds the divergence of
-            each step, 1 and 10 (``configs.py``).
+        free_nats, divergence_scale, reward_loss_scale, image_loss_scale: of the loss: 3, which bounds
+            the divergence of each step, 1, 10 and 1 (``configs.py``). The last is the observation's.
         observation_key: a vector, or a float image ``[C, 64, 64]``.
 
     Returns:
@@ -62,8 +63,8 @@ def planet(
     Example:
         >>> import torch
         >>> from torchrl.envs import GymEnv
-        >>> from torchrl.modules import CEMPlanner
         >>> from fastwm.models import planet
+        >>> from fastwm.planning import CEMPlanner
         >>> base_env = GymEnv("Pendulum-v1")
         >>> family = planet(base_env, deter_size=16, stoch_size=4, num_units=16, embedding=16)
         >>> planner = CEMPlanner(
@@ -104,7 +105,7 @@ def planet(
     family.loss = DreamerModelLoss(
         family.observe,
         lambda_kl=divergence_scale,
-        lambda_reco=0.5,
+        lambda_reco=0.5 * image_loss_scale,
         lambda_reward=0.5 * reward_loss_scale,
         free_nats=free_nats,
     )

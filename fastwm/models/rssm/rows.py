@@ -31,8 +31,8 @@ def insert_resets(
         observation_keys: what is at the root and under ``"next"``.
 
     Returns:
-        A new tensordict ``[N + resets]``: ``action``, ``is_init`` and, under ``"next"``, the
-        observations, ``reward`` and the done flags that there are.
+        A new tensordict ``[N + resets]``, without gradients: ``action``, ``is_init`` and, under
+        ``"next"``, the observations, ``reward`` and the done flags that there are.
 
     Raises:
         ValueError: the batch is not ``[N]``.
@@ -71,12 +71,12 @@ def insert_resets(
     before = place[first] - 1
     rows = TensorDict({}, [len(first) + int(first.sum())], device=transitions.device)
     for key in [*keys, *(key for key in flags if transitions.get(key, None) is not None)]:
-        value = transitions.get(key)
+        value = transitions.get(key).detach()
         rows.set(
             key, value.new_zeros(*rows.batch_size, *value.shape[1:]).index_copy(0, place, value)
         )
     for key in observation_keys:
-        rows.get(("next", key))[before] = transitions.get(key)[first]
+        rows.get(("next", key))[before] = transitions.get(key)[first].detach()
     is_init = torch.zeros(*rows.batch_size, 1, dtype=torch.bool, device=first.device)
     is_init[before] = True
     return rows.set(IS_INIT, is_init)
