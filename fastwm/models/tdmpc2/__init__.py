@@ -5,7 +5,8 @@ arXiv:2310.16828; the official repository, nicklashansen/tdmpc2.
 """
 
 from fastwm.models.tdmpc2.builder import SIZES, tdmpc2
-from fastwm.models.tdmpc2.loss import TDMPC2Loss, discount_of
+from fastwm.models.tdmpc2.discount import discount_of
+from fastwm.models.tdmpc2.loss import TDMPC2Loss
 from fastwm.models.tdmpc2.networks import (
     PixelEncoder,
     PolicyPrior,

@@ -13,7 +13,8 @@ from torchrl.envs import EnvBase
 
 from fastwm.models.family import Family, width_of
 from fastwm.models.layers import Concat, TwoHot
-from fastwm.models.tdmpc2.loss import TDMPC2Loss, discount_of
+from fastwm.models.tdmpc2.discount import discount_of
+from fastwm.models.tdmpc2.loss import TDMPC2Loss
 from fastwm.models.tdmpc2.networks import (
     PixelEncoder,
     PolicyPrior,

@@ -23,7 +23,7 @@ from fastwm.models.tdmpc2.training_env import HeadsStep, training_env
 from fastwm.ops import two_hot_cross_entropy
 from fastwm.world_model import WorldModel
 
-__all__ = ["TDMPC2Loss", "discount_of"]
+__all__ = ["TDMPC2Loss"]
 
 
 class TDMPC2Loss(LossModule):
@@ -400,26 +400,3 @@ class TDMPC2Loss(LossModule):
             heads["ending_logits"] = keys.terminated_logits
         step = HeadsStep(parts, keys.latent, heads)
         return training_env(step, start, keys.action, action[:, 0], self.backend)
-
-
-def discount_of(
-    episode_length: int,
-    *,
-    denominator: float = 5.0,
-    low: float = 0.95,
-    high: float = 0.995,
-) -> float:
-    """The discount of a task by the length of its episodes.
-
-    A fifth of the length counts as the effective horizon; the discount stays within bounds.
-
-    Example:
-        >>> from fastwm.models.tdmpc2 import discount_of
-        >>> [discount_of(steps) for steps in (25, 200, 500, 5000)]
-        [0.95, 0.975, 0.99, 0.995]
-
-    Source: Hansen et al. 2024, "TD-MPC2", appendix H; ``discount_denom``, ``discount_min`` and
-    ``discount_max`` of the official repository.
-    """
-    effective = episode_length / denominator
-    return min(max((effective - 1) / effective, low), high)
