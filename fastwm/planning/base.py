@@ -17,12 +17,15 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules.planners.common import MPCPlannerBase, _planning_done_keys
 
+from fastwm.assemble import leaves
 from fastwm.backends import check_name, requested
 from fastwm.engines.captured import ChecksFailed
+from fastwm.engines.cuda_graph import CaptureFailed, Recorder, graphs_apply
 from fastwm.env import WorldModelEnv
 from fastwm.explain import Explanation
 from fastwm.fast_env import FastEnv
 from fastwm.plan import zero_done
+from fastwm.planning.graph import GraphedDecision, addresses, recorder_for
 from fastwm.planning.imagination import (
     EagerImagination,
     Imagination,
@@ -36,6 +39,8 @@ from fastwm.rollout import start_of
 from fastwm.tracing import Untraceable, cuda_device
 
 __all__ = ["Planner"]
+
+_GRAPHS = 4  # decisions recorded, per planner
 
 
 class Planner(MPCPlannerBase):
@@ -114,6 +119,8 @@ class Planner(MPCPlannerBase):
         self._warned: set[str] = set()
 
     # -- what subclasses are made of
+
+    _records = True  # whether a search waits for nothing, and can be recorded as a CUDA graph
 
     @abstractmethod
     def _asks(self) -> list[Ask]:
@@ -275,7 +282,7 @@ class Planner(MPCPlannerBase):
         if asked != "eager":
             before = _RandomState(self.env.device)
             try:
-                return self._search(self._traced(start, asked), memory, explore)
+                return self._fast(self._traced(start, asked), memory, explore)
             except (NotCapturable, ChecksFailed) as error:
                 reason = str(error) or "an argument check fails (a distribution's validation)"
                 if asked != "auto":
@@ -293,6 +300,51 @@ class Planner(MPCPlannerBase):
             ),
             memory, explore,
         )  # fmt: skip
+
+    def _fast(
+        self, imagine: TracedImagination, memory: dict[str, Tensor], explore: bool
+    ) -> dict[str, Tensor]:
+        """The decision on the pieces of ``imagine``: as one CUDA graph where that can be."""
+        recorder = recorder_for(imagine.device)
+        recorded = recorder is not None and self._records and graphs_apply()
+        if not recorded or any(piece.unrecorded for piece in imagine.pieces.values()):
+            return self._search(imagine, memory, explore)
+        assert recorder is not None
+        before = _RandomState(self.env.device)
+        try:
+            return self._recorded(imagine, memory, explore, recorder)
+        except CaptureFailed as reason:
+            before.restore()
+            self._warn(f"this planner's decisions are not one CUDA graph: {reason}")
+        return self._search(imagine, memory, explore)
+
+    def _recorded(
+        self, imagine: TracedImagination, memory: dict[str, Tensor], explore: bool, recorder: Recorder
+    ) -> dict[str, Tensor]:  # fmt: skip
+        known = imagine.known
+        # All that Python looks at in the course of a search.
+        settings = tuple((k, v) for k, v in vars(self).items() if isinstance(v, (int, float, str)))
+        name = (
+            tuple(id(piece) for piece in imagine.pieces.values()), explore, settings,
+            id(self.action_spec), tuple((k, v.shape) for k, v in memory.items()),
+            tuple((path, t.shape, t.dtype) for path, t in leaves(imagine.start).items()),
+        )  # fmt: skip
+        if name in known.failed:
+            raise CaptureFailed(known.failed[name])
+        graph = known.graphs.get(name)
+        if graph is None or graph.addresses != addresses(imagine):
+            try:
+                graph = GraphedDecision(
+                    lambda own, kept: self._search(own, kept, explore), imagine, memory, recorder
+                )
+            except CaptureFailed as reason:
+                known.failed[name] = str(reason)
+                raise
+            known.graphs[name] = graph
+            while len(known.graphs) > _GRAPHS:
+                known.graphs.popitem(last=False)
+        known.graphs.move_to_end(name)
+        return graph(imagine.start, memory)
 
     def _traced(self, start: TensorDictBase, engine: str) -> TracedImagination:
         if not isinstance(self.env, FastEnv):

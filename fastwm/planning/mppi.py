@@ -73,6 +73,7 @@ class MPPIPlanner(Planner):
     """
 
     temperature: Tensor
+    _records = False  # the advantage module may do anything
 
     def __init__(
         self,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fastwm.engines.captured import CapturedLoop, ChecksFailed, Tensors
+from fastwm.engines.cuda_graph import CaptureFailed, graphs_apply
 from fastwm.engines.fused import FusedLoop
 from fastwm.plan import Plan
 from fastwm.step_graph import StepGraph
@@ -104,6 +106,12 @@ class Piece:
     def engine(self) -> str:
         return "captured" if self.fused is None else "fused"
 
+    @property
+    def unrecorded(self) -> bool:
+        """Whether a CUDA graph cannot hold it: another engine, a compiled step, a generator of its own."""
+        own = any(op.kwargs.get("generator") is not None for op in self.graph.ops)
+        return self.fused is not None or self.loop.compiler is not None or own
+
     def constants(self) -> list[torch.Tensor]:
         """Parameters and buffers, as they are now."""
         every = self.plan.constants
@@ -130,6 +138,14 @@ class Piece:
             ChecksFailed: the eager path would have raised.
         """
         feed = None if actions is None else _feed(actions)
+        graphed = self.plan.graphed if self._kept is None and self.fused is None else None
+        if graphed is not None and graphs_apply() and not self.unrecorded:
+            with suppress(CaptureFailed):
+                _, results = graphed.run(
+                    self.steps, inputs, self.constants(), feed, stop=False, exact=self.plan.exact
+                )
+                return results
+            feed = None if actions is None else _feed(actions)
         if self.fused is not None:
             _, results = self.fused.run(self.steps, inputs, self.constants(), feed, stop=False)
             return results

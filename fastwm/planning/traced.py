@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 
+from fastwm.assemble import leaves
 from fastwm.engines.fused import NotFusible
 from fastwm.fast_env import FastEnv
 from fastwm.plan import fuse_now, plan_for
@@ -44,12 +46,16 @@ class _Known:
         pieces: by plan and use, least recently used first.
         members: see :func:`fastwm.planning.ensemble.members_of`.
         bootstraps: policy and pair of values, by the latter.
+        graphs: whole decisions, by what they were recorded for.
+        failed: why some could not be recorded, by the same.
     """
 
     def __init__(self) -> None:
         self.pieces: OrderedDict[Any, Piece] = OrderedDict()
         self.members: dict[Any, Any] = {}
         self.bootstraps: dict[Members, TensorDictSequential] = {}
+        self.graphs: OrderedDict[Any, Any] = OrderedDict()
+        self.failed: dict[Any, str] = {}
 
 
 # Beside the planners and not in them: a planner is walked, copied and pickled like any module.
@@ -88,7 +94,7 @@ class TracedImagination(Imagination):
         self.env = env
         self.engine = engine
         self.action = action
-        self._known = _known.setdefault(owner, _Known())
+        self.known = _known.setdefault(owner, _Known())
         self._members: Members | None = None
         if bootstrap is not None:
             bootstrap = self._paired(bootstrap)
@@ -108,10 +114,10 @@ class TracedImagination(Imagination):
         assert self.keys.value is not None
         td = rows_of(self.start, 1)
         td.set(self.keys.action, self.action.expand(self.batch, *self.action.shape))
-        self._members = members_of(value, self.keys.value, td, self._known.members)
+        self._members = members_of(value, self.keys.value, td, self.known.members)
         if self._members is None:
             return bootstrap
-        known = self._known.bootstraps
+        known = self.known.bootstraps
         if self._members not in known:
             known.clear()
             known[self._members] = TensorDictSequential(action, self._members)
@@ -129,11 +135,11 @@ class TracedImagination(Imagination):
         if policy is None:
             actions = self.action.expand(td.batch_size[0], *self.action.shape)
             feed = Feed((keys.action,), lambda: (actions,), (actions,))
-        plan, leaves = plan_for(env, request, td, feed, patient=self.engine != "auto")
+        plan, inputs = plan_for(env, request, td, feed, patient=self.engine != "auto")
         if self.engine == "fused":
-            fuse_now(env, plan, leaves, feed)
-        self._leaves[count] = {path: value.contiguous() for path, value in leaves.items()}
-        known = self._known.pieces
+            fuse_now(env, plan, inputs, feed)
+        self._leaves[count] = _contiguous(inputs)
+        known = self.known.pieces
         name = (id(plan), kind, steps, self.engine)
         if name not in known:
             known[name] = self._make(plan, kind, steps)
@@ -172,6 +178,13 @@ class TracedImagination(Imagination):
             plan, wanted, steps, fused=False, follows=follows, compiler=compiler, unfused=reason
         )
 
+    def starting_from(self, start: TensorDictBase) -> TracedImagination:
+        """The same, bound to the same pieces, for another start of the same kind."""
+        other = copy.copy(self)
+        other.start = start
+        other._leaves = {n: _contiguous(leaves(rows_of(start, n))) for n in self._leaves}
+        return other
+
     # -- running
 
     def candidates(self, actions: Tensor) -> Imagined:
@@ -203,3 +216,7 @@ class TracedImagination(Imagination):
     def _taken(self, count: int, actions: Tensor, results: dict[Path, Tensor]) -> Imagined:
         done = tuple(path for path in self.keys.done if path in results)
         return self._imagined(count, results.get, actions, done)
+
+
+def _contiguous(tensors: dict[Path, Tensor]) -> dict[Path, Tensor]:
+    return {path: value.contiguous() for path, value in tensors.items() if path[0] != "next"}

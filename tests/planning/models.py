@@ -98,4 +98,5 @@ class Parts(nn.Module):
         return fastwm.WorldModelEnv(self.world_model(), base, batch_size=[], **kwargs)
 
     def start(self, *batch: int) -> TensorDict:
-        return TensorDict({"latent": self.encoder(torch.randn(*batch, OBS)).detach()}, batch)
+        seen = torch.randn(*batch, OBS, device=self.encoder[0].weight.device)
+        return TensorDict({"latent": self.encoder(seen).detach()}, batch)
