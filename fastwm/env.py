@@ -15,6 +15,7 @@ from torchrl.envs.common import _cache_value
 from torchrl.envs.model_based import ModelBasedEnvBase
 
 from fastwm.backends import check_name
+from fastwm.engines.drawing import NOISES
 from fastwm.fast_env import FastEnv
 from fastwm.plan import zero_done
 from fastwm.request import Request
@@ -72,11 +73,16 @@ class WorldModelEnv(FastEnv, ModelBasedEnvBase):
             cores), in rollouts without gradients: half the memory to read at small batches, at the
             precision of ``("rollout.bf16_weights", ...)`` in :mod:`fastwm.tolerances`. Rollouts with
             gradients and float64 models then run on the captured engine. Default: as they are.
+        fused_noise: ``"kernel"`` lets the fused engine's kernel on CUDA draw normal, uniform and exponential
+            numbers itself, where it reads them, in no memory. They are distributed as eager's, but other
+            numbers: repeatable after ``torch.manual_seed``, from torch's generator by one key per rollout (of
+            64 steps, where a flag may end it). Other draws stay torch's, and so do all on the CPU, where
+            ``backend="fused"`` by name is then an error. Default ``"torch"``: the numbers that eager draws.
 
     Raises:
         ValueError: the step reads ``latent_key`` but never writes it under ``"next"``, so that it could
-            never advance; or an unknown ``backend`` or
-            ``fused_weights``.
+            never advance; a part of the step reads a key under ``"next"`` that none before it writes; or an
+            unknown ``backend``, ``fused_weights`` or ``fused_noise``.
 
     Example:
         >>> import torch
@@ -118,10 +124,13 @@ class WorldModelEnv(FastEnv, ModelBasedEnvBase):
         initial_state: InitialState | None = None,
         backend: str = "auto",
         fused_weights: torch.dtype | None = None,
+        fused_noise: str = "torch",
     ) -> None:
         check_name(backend)
         if fused_weights not in (None, torch.bfloat16):
             raise ValueError(f"fused_weights={fused_weights}; choose None or torch.bfloat16.")
+        if fused_noise not in NOISES:
+            raise ValueError(f"fused_noise={fused_noise!r}; choose one of {', '.join(NOISES)}.")
         if batch_size is None:
             batch_size = base_env.batch_size if base_env.batch_dims else torch.Size([1])
         batch_size = torch.Size([batch_size] if isinstance(batch_size, int) else batch_size)
@@ -138,6 +147,7 @@ class WorldModelEnv(FastEnv, ModelBasedEnvBase):
         self.initial_state = initial_state
         self.backend = backend
         self.fused_weights = fused_weights
+        self.fused_noise = fused_noise
 
         def taken(spec: TensorSpec) -> TensorSpec:
             spec = rebatch(spec, base_env.batch_dims, self.batch_size)

@@ -63,7 +63,11 @@ def explain(env: FastEnv, request: Request) -> Explanation:
             feed = request.feed(env, td.batch_size)
             plan, start = plan_for(env, request, td, feed, patient=asked != "auto")
             if asked == "fused":
-                fuse_now(env, plan, start, feed)
+                try:
+                    fuse_now(env, plan, start, feed)
+                except NotCapturable as reason:
+                    passed = {"fused": str(reason), "captured": "backend='fused' was asked for"}
+                    return Explanation(None, passed, asked, str(plan.traced.graph))
         if not request.stops and env.restart and plan.flags_vary():
             raise NotCapturable(env.restart)
         program, source = str(plan.traced.graph), plan.loop.source(stop=request.stops)

@@ -32,10 +32,12 @@ class FastEnv(EnvBase):
     Attributes:
         backend: ``"auto"``, ``"fused"``, ``"captured"`` or ``"eager"``.
         fused_weights: the dtype that the fused engine rounds matrices to; None for as they are.
+        fused_noise: who draws the fused engine's noise: ``"torch"``, as eager does, or the ``"kernel"``.
     """
 
     backend: str = "auto"
     fused_weights: torch.dtype | None = None
+    fused_noise: str = "torch"
 
     # ---------------------------------------------------------------- what engines ask
 

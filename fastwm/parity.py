@@ -104,6 +104,7 @@ def check_parity(
     them, the gradients of every parameter and of the start with respect to a random weighting of all
     floating-point results. Bounds are those of :func:`fastwm.tolerances.rollout_tolerance`: of float32, or
     on CUDA of tensor-float32 where torch is set to it; the fused engine's with ``fused_weights`` are wider.
+    ``fused_noise="kernel"``, whose numbers are not eager's, is set aside meanwhile.
 
     Args:
         env: the imagined env: a :class:`fastwm.WorldModelEnv`, or one given to :func:`fastwm.accelerate`.
@@ -135,8 +136,10 @@ def check_parity(
             "check_parity needs a WorldModelEnv, or an env that fastwm.accelerate was given; "
             f"a {type(env).__name__} runs step by step, without engines."
         )
-    state = _RandomState(env.device)
+    state, noise = _RandomState(env.device), env.fused_noise
     try:
+        if noise != "torch":
+            env.fused_noise = "torch"
         reference = _run("eager", env, policy, tensordict, max_steps, gradients, seed, kwargs)
         reports = []
         for name in ("fused", "captured"):
@@ -152,6 +155,8 @@ def check_parity(
                 reports.append(EngineReport(name, comparisons=_compare(reference, result, rounds)))
     finally:
         state.restore()
+        if noise != "torch":
+            env.fused_noise = noise
     return ParityReport(reports, reference.steps)
 
 

@@ -322,9 +322,20 @@ def _fuses_at_once(results: list[Results]) -> bool:
 
 
 def fuse_now(env: FastEnv, plan: Plan, start: dict[Any, torch.Tensor], feed: Feed | None) -> None:
-    """Give a plan its row program, if that was put off; held to what the captured loop makes of the start."""
-    if not plan.put_off:  # asked at each rollout
-        return
+    """Give a plan its row program, if that was put off; held to what the captured loop makes of the start.
+
+    Raises:
+        NotCapturable: the row program is there, but cannot do what the env asks of it.
+    """
+    if plan.put_off:  # asked at each rollout
+        _fuse_put_off(env, plan, start, feed)
+    if plan.fused is not None and plan.fused.ignored:
+        raise NotCapturable(plan.fused.ignored)
+
+
+def _fuse_put_off(
+    env: FastEnv, plan: Plan, start: dict[Any, torch.Tensor], feed: Feed | None
+) -> None:
     with cache_of(env).lock, own_saved_tensors():
         if not plan.put_off:  # another thread made it
             return
@@ -358,11 +369,13 @@ def _fuse(
         return
     try:
         with annotate("fastwm.lower"):
-            fused = FusedLoop(
+            make = functools.partial(
+                FusedLoop,
                 traced.graph, traced.carried, traced.fed, traced.flags, traced.dim,
                 constants=plan.constants, bf16=env.fused_weights is torch.bfloat16,
                 wanting={n for n, t in given.items() if t.requires_grad} if wants else None,
             )  # fmt: skip
+            fused = make()
             with preserved_random_state(env.device, traced.graph.generators()):
                 _, replayed = fused.run(
                     len(results), inputs, plan.constants,
@@ -371,6 +384,10 @@ def _fuse(
         problem = _gross_difference(replayed, results, traced.dim, fused.rounds)
         if problem:
             raise NotFusible(f"the row program does not give what the step gave: {problem}")
+        if (
+            env.fused_noise == "kernel"
+        ):  # only with torch's numbers could it be held to what the step gave
+            fused = make(noise="kernel")
         plan.fused, plan.unfused = fused, ""
     except (NotFusible, ChecksFailed) as reason:
         plan.unfused = str(reason) or "an argument check fails"

@@ -139,13 +139,13 @@ def main(argv: list[str] | None = None) -> int:
 
     rows = []
     print(
-        f"{'kernel':<26}{'variant':<26}{'arch':<8}{'registers':>9}{'spills':>8}{'shared':>8}{'s':>7}"
+        f"{'kernel':<26}{'variant':<30}{'arch':<8}{'registers':>9}{'spills':>8}{'shared':>8}{'s':>7}"
     )
     for row in compile_all(tuple(args.arch), args.match):
         rows.append(row)
         spills = row["spill_stores"] + row["spill_loads"]
         print(
-            f"{row['kernel']:<26}{row['variant']:<26}{row['arch']:<8}{row['registers']:>9}"
+            f"{row['kernel']:<26}{row['variant']:<30}{row['arch']:<8}{row['registers']:>9}"
             f"{spills:>8}{row['shared']:>8}{row['compile_s']:>7.2f}"
         )
         for fault in faults(row):

@@ -14,6 +14,7 @@ import torch
 
 from fastwm.engines.captured import ChecksFailed, FeedStep, Tensors
 from fastwm.engines.choice import OTHER_ROUNDINGS, prefers_captured
+from fastwm.engines.drawing import Drawing
 from fastwm.engines.fused_gradient import GradientMode
 from fastwm.nvtx import annotate
 from fastwm.ops.library import cpu_library, has_triton
@@ -21,6 +22,7 @@ from fastwm.row_program.executor import Executor
 from fastwm.row_program.fresh import Fresh
 from fastwm.row_program.kinds import dtype_name, dtype_of, kind_of
 from fastwm.row_program.lowering import Lowered, NotLowerable, lower
+from fastwm.row_program.noise import Noise
 from fastwm.row_program.passes import fuse_act
 from fastwm.row_program.program import Program, ProgramError
 from fastwm.row_program.row_executor import RowExecutor
@@ -53,6 +55,11 @@ class FusedLoop:
         wanting: names of the graph's inputs that require gradients; None where none are wanted at all.
         bf16: products with weights rounded to bfloat16 (without gradients); on CUDA what they are multiplied
             with is rounded too.
+        noise: who draws: ``"torch"``, as eager does, or on CUDA the ``"kernel"``.
+
+    Attributes:
+        note: how it runs, where that is not as usual.
+        ignored: what was asked for and has no effect here, with the reason; else "".
 
     A step of bfloat16 is a program of float32: its weights are the same numbers, its values and its carry are
     not rounded until they are given back. On CUDA its products round both factors, as eager's do.
@@ -72,6 +79,7 @@ class FusedLoop:
         constants: Sequence[torch.Tensor],
         wanting: Collection[Any] | None,
         bf16: bool = False,
+        noise: str = "torch",
     ) -> None:
         self.device = device = _device_of(graph)
         _refuse_device(device)
@@ -87,8 +95,6 @@ class FusedLoop:
         self.fed = list(fed)
         self.flags = list(flags)
         half = lowered.floats is torch.bfloat16
-        #: How it runs, where that is not as usual.
-        self.note = "values held in float32" if half else "bfloat16 weights" if bf16 else ""
         self.rounds = bf16 and not half  # to less than the step itself has
         self.bf16 = bf16 or half
         self.rows = lowered.rows
@@ -96,6 +102,17 @@ class FusedLoop:
         self.batch = tuple(graph.metas[first.index].shape[:dim])
         self.wanted = _floats_kept(graph) / max(1, self.rows)
         self.generators = graph.generators()
+        asked = noise == "kernel"
+        self.drawing = Drawing(
+            lowered, self.fed, device, in_kernel=asked and self.draws_in_kernel(device)
+        )
+        self.ignored = self._ignored() if asked else ""
+        notes = ["values held in float32"] if half else ["bfloat16 weights"] if bf16 else []
+        if self.drawing.noise:
+            notes.append("noise drawn in the kernel")
+        elif self.ignored:
+            notes.append(f"noise drawn by torch: {self.ignored}")
+        self.note = ", ".join(notes)
         self.time_major = lowered.time_major
         #: Flags that may be true; those that are False by construction end nothing.
         self.live = [f for f in self.flags if not _never(lowered, f)]
@@ -152,6 +169,18 @@ class FusedLoop:
 
     # -- making executors
 
+    @staticmethod
+    def draws_in_kernel(device: torch.device) -> bool:
+        """Whether the executors there can draw noise themselves."""
+        return device.type == "cuda"
+
+    def _ignored(self) -> str:
+        if self.drawing.noise or not self.lowered.draws:
+            return ""
+        if not self.draws_in_kernel(self.device):
+            return "fused_noise='kernel' is for CUDA"
+        return "fused_noise='kernel', and the kernel knows the law of none of the step's draws"
+
     def _wrt(self, constants: Sequence[torch.Tensor], wanting: Collection[Any]) -> list[Any]:
         with torch.enable_grad():
             names = (n for n, i in self.program.inputs.items() if i.role == "uniform")
@@ -167,18 +196,22 @@ class FusedLoop:
 
     def executor(self, program: Program) -> RowExecutor:
         """For this program, or for the same with more outputs."""
-        return self.executor_of(program, self.time_major, self._kinds, bf16=self.bf16)
+        return self.executor_of(
+            program, self.time_major, self._kinds, bf16=self.bf16, noise=self.drawing.noise
+        )
 
     def executor_of(
         self, program: Program, time_major: Collection[Any], kinds: Mapping[Any, str] | None = None,
-        *, bf16: bool = False,
+        *, bf16: bool = False, noise: Mapping[Any, Noise] | None = None,
     ) -> RowExecutor:  # fmt: skip
         """For any program, on the step's device."""
         if self.device.type == "cpu":
             return Executor(program, time_major=time_major, kinds=kinds, bf16=bf16)
         from fastwm.kernels.row_program import TritonExecutor  # triton is imported on first use
 
-        return TritonExecutor(program, self.device, time_major=time_major, kinds=kinds, bf16=bf16)
+        return TritonExecutor(
+            program, self.device, time_major=time_major, kinds=kinds, bf16=bf16, noise=noise
+        )
 
     def _mode(self, *, save_all: bool) -> GradientMode:
         """Forward and backward programs that save everything, or that save little and work it out again."""
@@ -258,7 +291,7 @@ class FusedLoop:
     ) -> tuple[int, Tensors, Tensors]:  # fmt: skip
         random = bool(self.lowered.draws) or draws_feed
         states = [(g, g.get_state()) for g in self._generators()] if stop and random else []
-        given = self._drawn(horizon, feed)
+        given = self.drawing(horizon, feed)
         uniforms = self._uniforms(constants)
         steps, failed = horizon, 0
         tensors = [given[n] if n in given else inputs[n[1]].contiguous() for n in self._rows_in]
@@ -300,13 +333,13 @@ class FusedLoop:
             for generator, state in states:
                 generator.set_state(state)
             if states:
-                self._drawn(steps, feed if draws_feed else None)
+                self.drawing(steps, feed if draws_feed else None)
             if grad:
                 # Steps past the end may hold what turns a gradient of 0 into NaN: they are no part of the
                 # graph.
                 del results, values
                 for i, name in enumerate(self._rows_in):
-                    if name in self.time_major:
+                    if name in self.time_major and name not in self.drawing.noise:
                         tensors[i] = tensors[i][:steps].clone()
                 with annotate("fastwm.loop"):
                     mode = self._mode(save_all=self._save_all(steps))
@@ -339,53 +372,6 @@ class FusedLoop:
         if self._direct is not None:
             return [constants[i].detach() if frozen else constants[i] for i, frozen in self._direct]
         return [t.to(self.device).contiguous() for t in self.lowered.prologue(constants)]
-
-    def _drawn(self, horizon: int, feed: FeedStep | None) -> dict[Any, torch.Tensor]:
-        """Noise and fed actions of all steps, drawn as the steps would have, by input name."""
-        draws = self.lowered.draws
-        if not draws and feed is None:
-            return {}
-        found: dict[Any, torch.Tensor] = {}
-        steps: dict[Any, list[torch.Tensor]] = {}
-        calls: list[tuple[Any, Any]] = []  # how each op draws, and where to
-        for draw in draws:
-            if draw.name is None:
-                calls.append((draw, None))
-            elif draw.fill is not None and draw.dtype in (self.program.dtype, self.lowered.floats):
-                noise = found[draw.name] = torch.empty(
-                    (horizon, *draw.shape), dtype=draw.dtype, device=self.device
-                )
-                calls.append((draw.fill, noise.unbind(0)))
-            else:
-                steps[draw.name] = []
-                calls.append((draw, steps[draw.name]))
-        if feed is None and not steps and all(to is not None for _, to in calls):
-            if len(calls) == 1:
-                fill, to = calls[0]
-                for noise in to:
-                    fill(noise)
-            else:
-                fills = [fill for fill, _ in calls]
-                for step_noise in zip(*(to for _, to in calls), strict=True):
-                    for fill, noise in zip(fills, step_noise, strict=True):
-                        fill(noise)
-            return found
-        fed: list[Sequence[torch.Tensor]] = []
-        for step in range(horizon):
-            if feed is not None:
-                fed.append(feed())
-            for call, to in calls:
-                if isinstance(to, tuple):
-                    call(to[step])
-                    continue
-                noise = call.sample()
-                if to is not None:
-                    to.append(noise if call.plain else call.rows(noise))
-        found.update({name: torch.stack(noise) for name, noise in steps.items()})
-        for position, name in enumerate(self.fed if feed is not None else ()):
-            if name in self.program.inputs:
-                found[name] = torch.stack([f[position] for f in fed])
-        return found
 
     def _named(self, results: Sequence[torch.Tensor], inputs: Tensors, steps: int) -> Tensors:
         values: Tensors = {}

@@ -12,6 +12,7 @@ import torch
 from fastwm.row_program.fresh import Fresh
 from fastwm.row_program.gradient import Gradient, differentiate
 from fastwm.row_program.kinds import dtype_of
+from fastwm.row_program.noise import numbers
 from fastwm.row_program.reference import interpret
 from fastwm.row_program.row_executor import RowExecutor
 
@@ -107,17 +108,18 @@ class GradientMode:
 
     def _backward(self, gradient: Gradient) -> BackwardPlan:
         program, major = gradient.backward, set()
+        noise = self.loop.drawing.again(gradient)
         for name, source in gradient.saved.items():
             if source.kind == "input" and source.name in self.loop.time_major:
                 major.add(name)
-        executor = self.loop.executor_of(program, major, bf16=self.loop.bf16)
+        executor = self.loop.executor_of(program, major, bf16=self.loop.bf16, noise=noise)
         position = {n: i for i, n in enumerate(self.inputs)}
         produced = {n: i for i, n in enumerate(self.names)}
         plan: list[tuple[str, Any, torch.dtype]] = []
         for name in executor.inputs:
             item = program.inputs[name]
             type = program.type(item.val)
-            dtype = dtype_of(type.kind, program.dtype)
+            dtype = torch.int64 if name in noise else dtype_of(type.kind, program.dtype)
             if name in gradient.saved:
                 source = gradient.saved[name]
                 if source.kind == "input":
@@ -299,7 +301,7 @@ def _differentiable(
 ) -> list[torch.Tensor | None]:  # fmt: skip
     """Gradients that have gradients themselves, by torch's autograd over the reference interpreter."""
     program, rows = mode.loop.program, mode.loop.rows
-    wrt = set(mode.loop.wrt)
+    wrt, drawn = set(mode.loop.wrt), mode.loop.drawing.noise
     ends = [i for i, wants in enumerate(wanted) if wants and mode.inputs[i] in wrt]
     inputs = dict(zip(mode.inputs, tensors, strict=True))
     # Inputs may hang on one another: these here do not.
@@ -309,7 +311,9 @@ def _differentiable(
     for name, item in program.inputs.items():
         value = inputs[name]
         shape = program.type(item.val).shape
-        if item.role == "step":
+        if name in drawn:
+            laid[name] = numbers(drawn[name], value, rows, steps, shape, program.dtype)
+        elif item.role == "step":
             laid[name] = value.reshape(steps, rows, *shape).transpose(0, 1)
         else:
             laid[name] = value if item.role == "uniform" else value.reshape(rows, *shape)

@@ -8,7 +8,7 @@ run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,8 +48,11 @@ class DeferredSums:
             total += _TERMS[term.op](*operands, **term.attrs).reshape(total.shape)
 
 
-def defer_sums(program: Program) -> DeferredSums:
+def defer_sums(program: Program, drawn: Collection[Any] = ()) -> DeferredSums:
     """Split a program into what goes step by step and its sums.
+
+    Args:
+        drawn: step inputs that are there in no tensor, because they are drawn as they are read.
 
     Example:
         >>> from fastwm.row_program import Program
@@ -73,7 +76,7 @@ def defer_sums(program: Program) -> DeferredSums:
     given = {
         i.val.index: name
         for name, i in program.inputs.items()
-        if i.role in ("step", "context") and i.val.index in summed
+        if i.role in ("step", "context") and i.val.index in summed and name not in drawn
     }
     kept = {("summed", index): val for index, val in summed.items() if index not in given}
     without = replace(

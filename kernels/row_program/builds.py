@@ -10,6 +10,7 @@ from tensordict import TensorDict
 
 from fastwm.bench.providers.env_rollout import environment
 from fastwm.bench.suites import suite
+from fastwm.engines.drawing import Drawing
 from fastwm.kernels import Build
 from fastwm.kernels.row_program.executor import TritonExecutor, kernel_of
 from fastwm.kernels.row_program.source import Tile
@@ -26,7 +27,7 @@ from fastwm.world_model import WorldModel
 __all__ = ["build", "builds", "lowered_suite"]
 
 SMALL, TALL = Tile(rows=16), Tile(rows=64, warps=8)
-#: suite, direction, tile, precision
+#: suite, direction, tile, precision; with "philox" the kernel draws the noise
 _BUILDS = (
     ("mlp", "forward", SMALL, "ieee"),
     ("mlp", "forward", TALL, "tf32"),
@@ -38,6 +39,8 @@ _BUILDS = (
     ("mbpo", "forward", TALL, "tf32"),
     ("tdmpc2", "forward", SMALL, "tf32"),
     ("rssm", "forward", SMALL, "tf32"),
+    ("rssm", "forward", SMALL, "tf32", "philox"),
+    ("rssm", "backward", SMALL, "tf32", "philox"),
     ("rssm_v3", "forward", TALL, "tf32"),
 )
 # Bytes of registers, stores and loads together: a few values of one stage, set aside once per step.
@@ -73,6 +76,8 @@ def build(
     for number, name in enumerate(executor.inputs):
         kind = program.type(program.inputs[name].val).kind
         signature[f"p_in{number}"] = _TYPES[dtype_of(kind, program.dtype)]
+        if name in executor.noise:  # the key
+            signature[f"p_in{number}"] = "*i64"
     for number, (name, val) in enumerate(inner.outputs.items()):
         kind = executor.kinds.get(name, program.type(val).kind)
         signature[f"p_out{number}"] = _TYPES[dtype_of(kind, program.dtype)]
@@ -86,15 +91,21 @@ def build(
 
 def builds() -> Iterator[Build]:
     """Forward and backward, small tiles and tall ones, true float32, tensor-float32 and bfloat16."""
-    for name, direction, tile, precision in _BUILDS:
+    for name, direction, tile, precision, *how in _BUILDS:
         lowered = lowered_suite(name)
         program = fuse_act(lowered.program)
-        variant = f"{name}-{direction}-{tile.rows}-{precision}"
+        variant = "-".join([name, direction, str(tile.rows), precision, *how])
+        drawing = Drawing(lowered, [], torch.device("cpu"), in_kernel="philox" in how)
         if direction == "forward":
             major, kinds = lowered.time_major, lowered.kinds
-            yield build(variant, program, tile, precision, time_major=major, kinds=kinds)
+            yield build(
+                variant, program, tile, precision, time_major=major, kinds=kinds, noise=drawing.noise
+            )  # fmt: skip
             continue
         wrt = [n for n, i in program.inputs.items() if program.type(i.val).kind == "float"]
         outputs = [n for n, v in program.outputs.items() if program.type(v).kind == "float"]
-        backward = differentiate(program, wrt, outputs, budget=None).backward
-        yield build(variant, backward, tile, precision, reverse=True)
+        # Where noise is drawn, little is saved, so that it is drawn again.
+        budget = 0.0 if drawing.noise else None
+        gradient = differentiate(program, wrt, outputs, budget=budget)
+        noise = drawing.again(gradient)
+        yield build(variant, gradient.backward, tile, precision, reverse=True, noise=noise)

@@ -14,6 +14,7 @@ from fastwm.kernels.row_program.source import Source, Tile, matrices, scratch_co
 from fastwm.kernels.row_program.stages import plan
 from fastwm.row_program.deferred_sums import defer_sums
 from fastwm.row_program.kinds import matmul_precision
+from fastwm.row_program.noise import MOST_ROWS, Noise
 from fastwm.row_program.ops import PRODUCTS
 from fastwm.row_program.program import Program, Val
 from fastwm.row_program.row_executor import RowExecutor
@@ -96,6 +97,9 @@ class TritonExecutor(RowExecutor):
         bf16: products of bfloat16 factors, summed in float32: matrices are rounded at the start of each call,
             whatever they hold then, and what they are multiplied with as it is read (float32 only).
 
+        noise: step inputs that the kernel draws itself, each time that it reads them: what is given for them
+            is the rollout's key (:func:`fastwm.row_program.noise.new_key`).
+
     Raises:
         ProgramError: something that there is no kernel for.
         ValueError: ``bf16`` for a float64 program.
@@ -110,8 +114,10 @@ class TritonExecutor(RowExecutor):
         kinds: Mapping[Any, str] | None = None,
         tile: Tile | None = None,
         bf16: bool = False,
+        noise: Mapping[Any, Noise] | None = None,
     ) -> None:
         super().__init__(program, kinds, device)
+        self.noise = dict(noise or {})
         if bf16 and program.dtype is not torch.float32:
             raise ValueError("bfloat16 products go with float32 programs")
         self.bf16 = bf16
@@ -128,7 +134,7 @@ class TritonExecutor(RowExecutor):
             self.inputs.index(n) for n in rounded if program.inputs[n].val.index not in elsewhere
         }
         self.device = torch.device(device)
-        self._deferred = deferred = defer_sums(program)
+        self._deferred = deferred = defer_sums(program, self.noise)
         self._plan = plan(deferred.program)
         self._time_major = set(time_major)
         self._tile = tile
@@ -154,7 +160,7 @@ class TritonExecutor(RowExecutor):
         tile = self._tile_of(rows)
         return write(
             self._plan, tile, reverse=reverse, time_major=self._time_major, kinds=self.kinds,
-            precision=precision, order=self.inputs, local=self._deferred.kept,
+            precision=precision, order=self.inputs, local=self._deferred.kept, noise=self.noise,
         )  # fmt: skip
 
     def _precision(self) -> str:
@@ -196,6 +202,8 @@ class TritonExecutor(RowExecutor):
         # Where the program has checks, this waits for the device. With ``bf16`` inputs may be in bfloat16.
         if outputs is None:
             outputs = self.empty(rows, steps)
+        if self.noise and rows > MOST_ROWS:
+            raise RuntimeError(f"noise drawn within a kernel counts to {MOST_ROWS} rows")
         program, kept = self.program, self._deferred.kept
         count = len(program.outputs)
         finals = outputs[count : count + len(program.finals)]

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastwm.kernels.row_program.stages import GATHERS, Place, Plan, Stage, Work
 from fastwm.row_program.kinds import dtype_name
+from fastwm.row_program.noise import Noise
 from fastwm.row_program.ops import BINARY, PRODUCTS, REDUCE, UNARY, UNARY_GRAD
 from fastwm.row_program.program import Instr, Program, Val
 
@@ -69,6 +70,7 @@ import triton
 import triton.language as tl
 
 from fastwm.kernels.row_program import functions as f
+from fastwm.kernels.row_program import noise
 
 
 @triton.jit(do_not_specialize=["first", "last", "rows", "steps", "tiles"])
@@ -96,6 +98,7 @@ _UNARY = {
 def write(
     program_plan: Plan, tile: Tile, *, reverse: bool, time_major: Collection[Any],
     kinds: Mapping[Any, str], precision: str, order: Sequence[Any], local: Collection[Any] = (),
+    noise: Mapping[Any, Noise] | None = None,
 ) -> Source:  # fmt: skip
     """The source for tiles of this size.
 
@@ -106,10 +109,11 @@ def write(
             bfloat16, which are arguments of their own, in the order of :func:`matrices`.
         order: of the inputs.
         local: outputs that hold the rows from ``first`` on alone.
+        noise: inputs that are drawn where they are read; their argument is the key.
     """
     return _Writer(
         program_plan, tile, reverse, set(time_major), dict(kinds), precision,
-        {name: i for i, name in enumerate(order)}, set(local),
+        {name: i for i, name in enumerate(order)}, set(local), dict(noise or {}),
     ).run()  # fmt: skip
 
 
@@ -157,7 +161,7 @@ class _Block:
 class _Writer:
     def __init__(
         self, program_plan: Plan, tile: Tile, reverse: bool, time_major: set[Any], kinds: dict[Any, str],
-        precision: str, number: dict[Any, int], local: set[Any],
+        precision: str, number: dict[Any, int], local: set[Any], noise: dict[Any, Noise],
     ) -> None:  # fmt: skip
         self.plan = program_plan
         self.program = program_plan.program
@@ -168,6 +172,7 @@ class _Writer:
         self.precision = precision
         self.number = number  # of each input
         self.local = local
+        self.noise = noise
         self.rounded = matrices(self.program) if precision == "bf16" else []
         self.dt = f"tl.{dtype_name(self.program.dtype)}"
         self.lines: list[str] = []
@@ -458,6 +463,9 @@ class _Writer:
 
     def _load_at(self, place: Place, block: _Block, columns: str, mask: str) -> str:
         """Elements of a value, in a variable."""
+        if place.space == "input" and place.name in self.noise:
+            text = self._drawn(place, block, columns, _both(block.rows, mask))
+            return self._variable(text, block)
         if place.space == "uniform":
             address = f"p_in{self.number[place.name]} + ({place.offset} + {columns})"
         elif place.space == "input":
@@ -466,12 +474,23 @@ class _Writer:
         else:
             address = self._scratch(place, block, columns)
         text = f"tl.load({address}, mask={mask}, other=0)" if mask else f"tl.load({address})"
-        text += self._converted(place)
+        return self._variable(text + self._converted(place), block)
+
+    def _variable(self, text: str, block: _Block) -> str:
         if text not in block.loaded:
             block.loaded[text] = name = f"x{self.loads}"
             self.loads += 1
             self.line(f"{name} = {text}")
         return block.loaded[text]
+
+    def _drawn(self, place: Place, block: _Block, columns: str, mask: str) -> str:
+        """Elements of noise, and 0 where a load would give that."""
+        drawn = self.noise[place.name]
+        arguments = [
+            f"p_in{self.number[place.name]}", f"{place.offset} + {columns}", f"i_row + {block.row}", "i_t",
+            str(drawn.number), *map(self._constant, drawn.law.numbers(self.program.dtype)), self.dt,
+        ]  # fmt: skip
+        return f"tl.where({mask}, noise.{drawn.law.name}({', '.join(arguments)}), 0.0)"
 
     def _input(self, name: Any, block: _Block) -> str:
         """Where a tile's rows of an input begin, and each row's distance from there, in 32 bits."""

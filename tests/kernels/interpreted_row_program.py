@@ -290,12 +290,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[TritonExecutor]:
     found: list[TritonExecutor] = []
 
     def executor_of(
-        self: FusedLoop, program: Program, time_major: Any, kinds: Any = None, *, bf16: bool = False
+        self: FusedLoop, program: Program, time_major: Any, kinds: Any = None, **how: Any
     ) -> TritonExecutor:
         found.append(
-            TritonExecutor(
-                program, "cpu", time_major=time_major, kinds=kinds, tile=SMALL, bf16=bf16
-            )
+            TritonExecutor(program, "cpu", time_major=time_major, kinds=kinds, tile=SMALL, **how)
         )
         return found[-1]
 

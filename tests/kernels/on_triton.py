@@ -25,10 +25,12 @@ from fastwm.bench.suites import Parts
 from fastwm.kernels.row_program import Tile, TritonExecutor
 from fastwm.row_program import Program
 from fastwm.row_program.gradient import differentiate
+from fastwm.row_program.noise import Noise, numbers
 from fastwm.row_program.ops import PRODUCTS, REFERENCES
 from fastwm.row_program.reference import interpret
 from tests.row_program.backward_inputs import gather
 from tests.row_program.executing import Ran, assert_ran, run_on
+from tests.row_program.test_noise import LAWS
 
 SMALL = Tile(rows=16, columns=32, depth=16)
 BOTH = (torch.float32, torch.float64)
@@ -46,18 +48,24 @@ def execute(
     tile: Tile | None = SMALL,
     device: str = "cpu",
     bf16: bool = False,
+    noise: Mapping[Any, Noise] | None = None,
+    key: torch.Tensor | None = None,
 ) -> Ran:
     """Run a program, its results into buffers full of NaN; they come back to the CPU.
 
-    In the interpreter it is also watched for accesses that no barrier parts.
+    In the interpreter it is also watched for accesses that no barrier parts. ``noise`` is drawn by the
+    kernels, by that ``key``.
     """
+    noise = noise or {}
+    time_major = [name for name in time_major if name not in noise]
     executor = TritonExecutor(
-        program, device, time_major=time_major, kinds=kinds, tile=tile, bf16=bf16
+        program, device, time_major=time_major, kinds=kinds, tile=tile, bf16=bf16, noise=noise
     )
     with races_found() if device == "cpu" else nullcontext([]) as races:
         ran = run_on(
-            executor, inputs, rows, steps, reverse=reverse, time_major=time_major, device=device
-        )
+            executor, inputs, rows, steps, reverse=reverse, time_major=time_major, device=device,
+            keys=dict.fromkeys(noise, key),
+        )  # fmt: skip
     assert not races, f"{races[:5]}\n{executor.source(rows, reverse=reverse).text}"
     return ran
 
@@ -77,6 +85,26 @@ def check(
             raise AssertionError(
                 f"{dtype}, rows {rows}, steps {steps}: {error}\n{program}"
             ) from error
+
+
+KEY = torch.tensor([0x2545F4914F6CDD1D])
+NOISE = {name: Noise(law, number) for number, (name, (law, *_)) in enumerate(LAWS.items())}
+# A logarithm and a cosine are off by a few units in the last place, here and there.
+CLOSE = {torch.float32: 3e-6, torch.float64: 1e-14}
+
+
+def drawing(dtype: torch.dtype) -> Program:
+    """Three draws, given back as they are."""
+    p = Program(dtype=dtype)
+    for name, shape in zip(NOISE, [(5,), (), (2, 3)], strict=True):
+        p.outputs[name] = p.input(name, "step", shape)
+    return p
+
+
+def twins(p: Program, noise: Mapping[Any, Noise], rows: int, steps: int) -> dict[Any, torch.Tensor]:
+    """What the kernels are to draw, by torch."""
+    shapes = {name: p.type(p.inputs[name].val).shape for name in noise}
+    return {n: numbers(d, KEY, rows, steps, shapes[n], p.dtype) for n, d in noise.items()}
 
 
 @contextmanager
@@ -130,11 +158,10 @@ class Step(torch.nn.Module):
         return torch.tanh(self.outer(hidden)) + 0.5 * latent
 
 
-def assert_rollouts_are_eager_ones(
-    device: str, *, grad: bool, rows: int = 5, tolerance: float = 2e-5,
-    dtype: torch.dtype = torch.float32, fused_weights: torch.dtype | None = None,
-) -> None:  # fmt: skip
-    """A sampled policy on a recurrent model: every entry and every gradient, from the same seed."""
+def sampled_env(
+    device: str, *, rows: int = 5, dtype: torch.dtype = torch.float32
+) -> tuple[fastwm.WorldModelEnv, ProbabilisticTensorDictSequential]:
+    """A recurrent model, and a policy that samples."""
     torch.manual_seed(0)
     policy = ProbabilisticTensorDictSequential(
         TensorDictModule(torch.nn.Linear(6, 4), ["latent"], ["params"]),
@@ -147,6 +174,15 @@ def assert_rollouts_are_eager_ones(
     env = environment(
         parts, {"latent": 6}, 2, rows, device, fastwm.WorldModel, fastwm.WorldModelEnv
     )
+    return env, policy
+
+
+def assert_rollouts_are_eager_ones(
+    device: str, *, grad: bool, rows: int = 5, tolerance: float = 2e-5,
+    dtype: torch.dtype = torch.float32, fused_weights: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """A sampled policy on a recurrent model: every entry and every gradient, from the same seed."""
+    env, policy = sampled_env(device, rows=rows, dtype=dtype)
     env.fused_weights = fused_weights
     latent = torch.randn(rows, 6, device=device).to(dtype).requires_grad_(grad)
     start = TensorDict({"latent": latent}, [rows])

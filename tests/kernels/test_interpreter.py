@@ -20,7 +20,7 @@ from fastwm.kernels import MODULES
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [*MODULES, "row_program_noise"])
 def test_in_the_interpreter(module: str) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed: the CPU builds of torch come without it")

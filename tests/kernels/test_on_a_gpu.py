@@ -8,7 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tensordict import TensorDict
+from torchrl.envs.utils import set_exploration_type
 
+import fastwm
 from fastwm.tolerances import tolerance
 from tests.row_program.random_programs import random_program
 
@@ -66,6 +69,45 @@ def test_rollouts_with_bfloat16_weights(rows: int) -> None:
         "cuda", grad=False, rows=rows, fused_weights=torch.bfloat16,
         tolerance=tolerance("rollout.bf16_weights", torch.float32).rtol,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_kernel_draws_what_its_twin_does(dtype: torch.dtype) -> None:
+    from tests.kernels.on_triton import CLOSE, KEY, NOISE, drawing, execute, twins
+    from tests.row_program.executing import assert_near
+
+    p = drawing(dtype)
+    ran = execute(p, {}, 5000, 4, tile=None, device="cuda", noise=NOISE, key=KEY)
+    for name, value in twins(p, NOISE, 5000, 4).items():
+        assert_near(ran.outputs[name], value, CLOSE[dtype], name=name)
+
+
+def test_rollouts_with_noise_drawn_in_the_kernel() -> None:
+    """Repeatable by the seed, other numbers at each rollout, of eager's distribution, with gradients."""
+    from tests.kernels.on_triton import sampled_env
+
+    env, policy = sampled_env("cuda", rows=5000)
+    env.backend, env.fused_noise = "fused", "kernel"
+    latent = torch.randn(5000, 6, device="cuda", requires_grad=True)
+    start = TensorDict({"latent": latent}, [5000])
+    found = []
+    with set_exploration_type("random"):
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            found.append(env.rollout(4, policy, tensordict=start))
+        following = env.rollout(4, policy, tensordict=start)
+        with fastwm.backend("eager"):
+            eager = env.rollout(4, policy, tensordict=start)
+    first, again, other = (out["action"] for out in found)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(other, following["action"])
+    few = eager["action"].std() / 5000**0.5
+    assert ((first - eager["action"]).mean(0).abs() < 6 * few).all()
+    grads = [
+        torch.autograd.grad(out["next", "reward"].sum(), latent)[0] for out in (found[0], found[1])
+    ]
+    assert torch.equal(*grads)
 
 
 def test_inside_somebody_elses_capture() -> None:

@@ -24,6 +24,7 @@ from fastwm.kernels.row_program.builds import build
 from fastwm.kernels.row_program.source import Tile
 from fastwm.row_program import Program
 from fastwm.row_program.gradient import differentiate
+from fastwm.row_program.noise import Law, Noise
 from tests.row_program.random_programs import random_program
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -49,6 +50,17 @@ def both_ways(program: Program, rng: random.Random) -> list[tuple[Program, bool]
     return [(program, False), (gradient.backward, True)]
 
 
+def drawn(program: Program, rng: random.Random) -> dict[Any, Noise]:
+    """Some of its step inputs as noise that the kernel draws."""
+    laws = [Law("normal", 1.0, 2.0), Law("uniform", -1.0, 1.0), Law("exponential", 2.0)]
+    floats = [
+        name
+        for name, item in program.inputs.items()
+        if item.role == "step" and program.type(item.val).kind == "float"
+    ]
+    return {n: Noise(rng.choice(laws), i) for i, n in enumerate(floats) if rng.random() < 0.5}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=20.0)
@@ -62,7 +74,9 @@ def main() -> int:
         for program, reverse in both_ways(replace(made.program, dtype=dtype), rng):
             try:
                 tile = Tile(rows=rng.choice([16, 64]))
-                typed(build("random", program, tile, "ieee", reverse=reverse))
+                precision = "ieee" if dtype is torch.float64 else rng.choice(["ieee", "bf16"])
+                noise = drawn(program, rng)
+                typed(build("random", program, tile, precision, reverse=reverse, noise=noise))
             except Exception as error:
                 print(f"seed {seed}, reverse {reverse}: {error}\n{program}")
                 return 1

@@ -69,12 +69,17 @@ def run_on(
     reverse: bool = False,
     time_major: Collection[Any] = (),
     device: str = "cpu",
+    keys: Mapping[Any, torch.Tensor] | None = None,
 ) -> Ran:
-    """Run an executor's program, its results into buffers full of NaN; they come back to the CPU."""
-    program = executor.program
-    given = {n: t.to(device) for n, t in given_as(program, inputs).items()}
+    """Run an executor's program, its results into buffers full of NaN; they come back to the CPU.
+
+    ``keys`` are given in the place of inputs that the executor draws itself.
+    """
+    program, keys = executor.program, dict(keys or {})
+    given = {n: t.to(device) for n, t in given_as(program, {**inputs, **keys}).items()}
     for name in time_major:
         given[name] = given[name].transpose(0, 1).contiguous()
+    given |= {name: key.to(device) for name, key in keys.items()}
     outputs = executor.empty(rows, steps)
     for t in outputs:
         t.fill_(torch.nan if t.is_floating_point() else True if t.dtype is torch.bool else -77)

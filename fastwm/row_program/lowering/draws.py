@@ -12,6 +12,7 @@ import torch
 from fastwm.row_program.lowering.errors import NotLowerable
 from fastwm.row_program.lowering.layout import Atom, Dims, Laid, inner_atoms
 from fastwm.row_program.lowering.registry import Call, lowers
+from fastwm.row_program.noise import Law
 from fastwm.step_graph import Meta, Value
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Draw:
         rows: the same as the program takes it: ``[rows, *inner]``.
         fill: where there is such a call: writes the same noise into a contiguous tensor of ``shape``, which
             lies in memory as the program's ``[rows, *inner]``.
+        law: how the numbers are distributed, where a kernel may draw them by itself: every row has its own,
+            from torch's own generator.
     """
 
     name: Any
@@ -44,6 +47,7 @@ class Draw:
     sample: Callable[[], torch.Tensor]
     rows: Callable[[torch.Tensor], torch.Tensor]
     fill: Callable[[torch.Tensor], Any] | None = None
+    law: Law | None = None
 
 
 def placements(shape: Sequence[int], batch: Sequence[Atom | None]) -> Iterator[Dims]:
@@ -78,7 +82,7 @@ def placements(shape: Sequence[int], batch: Sequence[Atom | None]) -> Iterator[D
 def drawn(
     s: Step, make: Callable[[], torch.Tensor], meta: Meta, known: Dims | None, kind: str,
     bound: float | None = None, limits: tuple[float, float] | None = None,
-    fill: Callable[[torch.Tensor], Any] | None = None,
+    fill: Callable[[torch.Tensor], Any] | None = None, law: Law | None = None,
 ) -> Laid:  # fmt: skip
     """A step input for noise; ``known``: where its batch lies, else the step tries placements."""
     shape = tuple(meta.shape)
@@ -109,6 +113,8 @@ def drawn(
     s.draws.append(Draw(name, shape, meta.dtype, plain, inner, make, _arranger(s, dims, inner)))
     laid = Laid(val, dims, order, kind)
     _fill(s.draws[-1], fill)
+    if {a for d in dims for a in d if a.kind == "batch"} == {a for a in s.b.batch if a is not None}:
+        s.draws[-1].law = law
     return s.b.bounded(laid, bound) if kind == "int" else laid
 
 
@@ -157,7 +163,21 @@ def _draw(s: Step, c: Call) -> Laid:
             raise NotLowerable(f"aten.{c.name} of any integer")
         low = c.get("low", c.get("from", 0)) or 0
         bound, limits = float(max(abs(high), abs(low))), (float(low), high - 1.0)
-    return drawn(s, make, meta, known, kind, bound, limits, fill=_filler(s, c, meta))
+    return drawn(s, make, meta, known, kind, bound, limits, _filler(s, c, meta), _law(c))
+
+
+def _law(c: Call) -> Law | None:
+    if c.get("generator") is not None:
+        return None
+    if c.name in ("randn", "randn_like"):
+        return Law("normal", 0.0, 1.0)
+    if c.name in ("rand", "rand_like"):
+        return Law("uniform", 0.0, 1.0)
+    names = {"normal": ("mean", "std"), "uniform": ("from", "to"), "exponential": ("lambd",)}
+    given = [c.get(name) for name in names.get(c.name, ())]
+    if not given or not all(isinstance(v, (int, float)) for v in given):
+        return None
+    return Law(c.name, *map(float, given))
 
 
 def _fill(draw: Draw, fill: Callable[[torch.Tensor], Any] | None) -> None:
@@ -197,7 +217,8 @@ def _normal(s: Step, c: Call, meta: Meta) -> Laid:
         return torch.randn(shape, dtype=meta.dtype, device=meta.device, generator=generator)
 
     operands = [o for o in (mean, std) if isinstance(o, Laid)]
-    noise = drawn(s, make, meta, s.dims_of(operands, shape), "float")
+    law = None if generator is not None else Law("normal", 0.0, 1.0)
+    noise = drawn(s, make, meta, s.dims_of(operands, shape), "float", law=law)
     if isinstance(std, Laid):
         s.check(s.b.elementwise("ge", std, 0.0))
     return s.arith("add", s.arith("mul", noise, std), mean)
@@ -216,7 +237,9 @@ def _bernoulli(s: Step, c: Call, meta: Meta, p: Laid) -> Laid:
     def make() -> torch.Tensor:
         return torch.rand(shape, dtype=dtype, generator=generator)
 
-    uniform = drawn(s, make, Meta(meta.shape, dtype, meta.device), s.dims_of([p], shape), "float")
+    law = None if generator is not None else Law("uniform", 0.0, 1.0)
+    where = s.dims_of([p], shape)
+    uniform = drawn(s, make, Meta(meta.shape, dtype, meta.device), where, "float", law=law)
     s.check(s.b.elementwise("ge", p, 0.0))
     s.check(s.b.elementwise("le", p, 1.0))
     out = s.b.elementwise("lt", uniform, p)
@@ -246,6 +269,7 @@ def _multinomial(s: Step, c: Call) -> Laid:
     noise = drawn(
         s, make, Meta(torch.Size(shape), dtype, meta.device), s.dims_of([p], shape), "float",
         fill=fill if empty().is_contiguous() else None,
+        law=None if generator is not None else Law("exponential", 1.0),
     )  # fmt: skip
     last = len(p.dims) - 1
     s.check(s.b.unary("isfinite", p))
