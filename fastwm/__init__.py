@@ -6,6 +6,7 @@ from fastwm.backends import backend
 from fastwm.backends import requested as requested_backend
 from fastwm.env import WorldModelEnv
 from fastwm.explain import Explanation
+from fastwm.imagination import imagine
 from fastwm.loss import WorldModelLoss
 from fastwm.ops import balanced_kl, gae, gaussian_nll, lambda_return, two_hot_cross_entropy
 from fastwm.parity import ParityReport, check_parity
@@ -25,6 +26,7 @@ __all__ = [
     "check_parity",
     "gae",
     "gaussian_nll",
+    "imagine",
     "lambda_return",
     "patch",
     "planning",

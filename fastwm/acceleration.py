@@ -14,7 +14,7 @@ from fastwm.backends import check_name
 from fastwm.fast_env import FastEnv
 from fastwm.request import Request
 
-__all__ = ["accelerate"]
+__all__ = ["accelerate", "never_resets"]
 
 Env = TypeVar("Env", bound=EnvBase)
 
@@ -110,8 +110,7 @@ class _Accelerated(FastEnv):
 
     @property
     def restart(self) -> str:
-        goes_on = any(getattr(self._own_class, name) in _ONGOING for name in _RESTARTING)
-        return "" if goes_on else super().restart
+        return "" if never_resets(self._own_class) else super().restart
 
     def refusal(self, request: Request) -> str:
         names: tuple[str, ...] = _ROLLING
@@ -134,6 +133,11 @@ class _Accelerated(FastEnv):
         if not isinstance(reduced, tuple) or reduced[:2] != (copyreg.__newobj__, (type(self),)):  # type: ignore[attr-defined]
             return reduced  # the class has its own way
         return (_blank, (self._own_class,), *reduced[2:])
+
+
+def never_resets(cls: type[EnvBase]) -> bool:
+    """Whether rows that are finished go on in the rollouts of a class, as in a ``DreamerEnv``'s."""
+    return any(getattr(cls, name) in _ONGOING for name in _RESTARTING)
 
 
 def _blank(own_class: type[EnvBase]) -> EnvBase:
