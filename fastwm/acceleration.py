@@ -10,7 +10,6 @@ from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.model_based import DreamerEnv, ModelBasedEnvBase
 from torchrl.envs.model_based.imagined import ImaginedEnv
 
-from fastwm.backends import check_name
 from fastwm.fast_env import FastEnv
 from fastwm.request import Request
 
@@ -26,7 +25,13 @@ _STEPPING = ("step_and_maybe_reset", "_step_and_maybe_reset", *_RESTARTING)
 _ONGOING = {getattr(cls, name) for cls in (DreamerEnv, ImaginedEnv) for name in _RESTARTING}
 
 
-def accelerate(env: Env, backend: str = "auto", *, fused_weights: torch.dtype | None = None) -> Env:
+def accelerate(
+    env: Env,
+    backend: str = "auto",
+    *,
+    fused_weights: torch.dtype | None = None,
+    fused_noise: str = "torch",
+) -> Env:
     """Let an imagined env's ``rollout`` run on the fast engines; the env is changed in place.
 
     For torchrl's ``DreamerEnv``, ``ImaginedEnv`` and ``WorldModelEnv`` and any other
@@ -37,17 +42,18 @@ def accelerate(env: Env, backend: str = "auto", *, fused_weights: torch.dtype | 
 
     In place, so that whatever holds the env already, as a ``torchrl.objectives.DreamerActorLoss`` does, is
     faster too. The env's class becomes a subclass of what it was, so ``isinstance`` tells nothing new;
-    copies and pickles of it are accelerated as well. To accelerate an env a second time changes its
-    ``backend`` only; ``backend="eager"`` leaves every rollout to the env itself.
+    copies and pickles of it are accelerated as well. A second time sets the arguments below anew, and
+    nothing else; ``backend="eager"`` leaves every rollout to the env itself.
 
-    One thing differs: the ``tensordict`` given to ``rollout`` is never written into.
+    One thing differs: the ``tensordict`` given to ``rollout`` is never written into. What a plan rests on
+    includes the env's attributes: an env whose ``reset`` or ``step`` counts in one stays step by step.
 
     Args:
         env: the imagined env.
         backend: ``"auto"`` (the fastest engine that can run), ``"fused"``, ``"captured"`` or ``"eager"``.
 
     Keyword Args:
-        fused_weights: ``torch.bfloat16`` or None, as in :class:`fastwm.WorldModelEnv`.
+        fused_weights, fused_noise: as in :class:`fastwm.WorldModelEnv`.
 
     Returns:
         ``env`` itself.
@@ -55,7 +61,7 @@ def accelerate(env: Env, backend: str = "auto", *, fused_weights: torch.dtype | 
     Raises:
         TypeError: ``env`` is a ``TransformedEnv`` (accelerate the env inside and roll that out), or no
             model-based env.
-        ValueError: an unknown ``backend`` or ``fused_weights``.
+        ValueError: an unknown ``backend``, ``fused_weights`` or ``fused_noise``.
 
     Example:
         >>> import torch
@@ -82,9 +88,6 @@ def accelerate(env: Env, backend: str = "auto", *, fused_weights: torch.dtype | 
         >>> isinstance(env, DreamerEnv), env.explain(3, policy, tensordict=start).engine
         (True, 'fused')
     """
-    check_name(backend)
-    if fused_weights not in (None, torch.bfloat16):
-        raise ValueError(f"fused_weights={fused_weights}; choose None or torch.bfloat16.")
     if isinstance(env, TransformedEnv):
         raise TypeError(
             "accelerate cannot take a TransformedEnv: its rollout is not that of the env inside, but runs "
@@ -96,10 +99,14 @@ def accelerate(env: Env, backend: str = "auto", *, fused_weights: torch.dtype | 
             "accelerate takes a model-based env (torchrl.envs.ModelBasedEnvBase), not a "
             f"{type(env).__name__}: the engines run a step that is made of torch ops alone."
         )
+    was = type(env)
     if not isinstance(env, FastEnv):
-        env.__class__ = _accelerated(type(env))
-    fast = cast(FastEnv, env)
-    fast.backend, fast.fused_weights = backend, fused_weights
+        env.__class__ = _accelerated(was)
+    try:
+        cast(FastEnv, env).choose_engine(backend, fused_weights, fused_noise)
+    except ValueError:
+        env.__class__ = was
+        raise
     return env
 
 

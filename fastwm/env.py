@@ -14,8 +14,6 @@ from torchrl.envs import EnvBase
 from torchrl.envs.common import _cache_value
 from torchrl.envs.model_based import ModelBasedEnvBase
 
-from fastwm.backends import check_name
-from fastwm.engines.drawing import NOISES
 from fastwm.fast_env import FastEnv
 from fastwm.plan import zero_done
 from fastwm.request import Request
@@ -126,11 +124,6 @@ class WorldModelEnv(FastEnv, ModelBasedEnvBase):
         fused_weights: torch.dtype | None = None,
         fused_noise: str = "torch",
     ) -> None:
-        check_name(backend)
-        if fused_weights not in (None, torch.bfloat16):
-            raise ValueError(f"fused_weights={fused_weights}; choose None or torch.bfloat16.")
-        if fused_noise not in NOISES:
-            raise ValueError(f"fused_noise={fused_noise!r}; choose one of {', '.join(NOISES)}.")
         if batch_size is None:
             batch_size = base_env.batch_size if base_env.batch_dims else torch.Size([1])
         batch_size = torch.Size([batch_size] if isinstance(batch_size, int) else batch_size)
@@ -145,9 +138,7 @@ class WorldModelEnv(FastEnv, ModelBasedEnvBase):
         self.latent_key = unravel_key(latent_key)
         self.done_threshold = done_threshold
         self.initial_state = initial_state
-        self.backend = backend
-        self.fused_weights = fused_weights
-        self.fused_noise = fused_noise
+        self.choose_engine(backend, fused_weights, fused_noise)
 
         def taken(spec: TensorSpec) -> TensorSpec:
             spec = rebatch(spec, base_env.batch_dims, self.batch_size)

@@ -11,6 +11,8 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
+from fastwm.backends import check_name
+from fastwm.engines.drawing import NOISES
 from fastwm.engines.inductor import inductor
 from fastwm.explain import Explanation, explain
 from fastwm.request import Request
@@ -38,6 +40,23 @@ class FastEnv(EnvBase):
     backend: str = "auto"
     fused_weights: torch.dtype | None = None
     fused_noise: str = "torch"
+
+    def choose_engine(
+        self, backend: str, fused_weights: torch.dtype | None, fused_noise: str
+    ) -> None:
+        """Set the attributes of these names.
+
+        Raises:
+            ValueError: one of them is unknown.
+        """
+        check_name(backend)
+        if fused_weights not in (None, torch.bfloat16):
+            raise ValueError(f"fused_weights={fused_weights}; choose None or torch.bfloat16.")
+        if fused_noise not in NOISES:
+            raise ValueError(f"fused_noise={fused_noise!r}; choose one of {', '.join(NOISES)}.")
+        self.backend = backend
+        self.fused_weights = fused_weights
+        self.fused_noise = fused_noise
 
     # ---------------------------------------------------------------- what engines ask
 

@@ -432,6 +432,10 @@ def test_unknown_names_are_refused() -> None:
         fastwm.accelerate(spring().env, "fast")
     with pytest.raises(ValueError, match="fused_weights"):
         fastwm.accelerate(spring().env, fused_weights=torch.float16)
+    env = spring().env
+    with pytest.raises(ValueError, match="fused_noise"):
+        fastwm.accelerate(env, fused_noise="mine")
+    assert type(env) is Spring, "refused, and changed all the same"
 
 
 # ---------------------------------------------------------------- the object
