@@ -15,6 +15,8 @@ import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule as Mod
 from torch import Tensor, nn
+from torchrl.envs.utils import set_exploration_type
+from torchrl.modules.tensordict_module.rnn import set_recurrent_mode
 
 from fastwm.backends import backend
 from fastwm.loss import WorldModelLoss
@@ -434,9 +436,11 @@ def test_threads_share_a_loss() -> None:
             problems.append(problem)
 
     workers = [threading.Thread(target=work, args=(size,)) for size in batches]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    # torchrl's losses set these for the whole process, and threads would leave them set.
+    with set_exploration_type(loss.deterministic_sampling_mode), set_recurrent_mode(True):
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
     assert not problems, problems
     assert cache_of(loss).traces == 3
