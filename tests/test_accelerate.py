@@ -13,8 +13,15 @@ import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
-from torchrl.envs import DreamerEnv, GymEnv, TransformedEnv, set_exploration_type
-from torchrl.envs.transforms import RewardSum
+from torchrl.envs import (
+    DreamerEnv,
+    GymEnv,
+    RewardSum,
+    StepCounter,
+    TransformedEnv,
+    check_env_specs,
+    set_exploration_type,
+)
 from torchrl.objectives import DreamerActorLoss
 
 import fastwm
@@ -497,6 +504,21 @@ def test_step_and_reset_are_the_envs_own() -> None:
     want = case.env.step(start.clone())
     fastwm.accelerate(case.env)
     assert_same(case.env.step(start.clone()), want)
+
+
+def test_what_torchrl_does_with_an_env_it_does_with_this_one() -> None:
+    """Its own check of the specs, a shallow copy, and a transform around the env."""
+    case = dreamer()
+    wrapped = copy.deepcopy(case.env).append_transform(StepCounter(max_steps=5))
+    torch.manual_seed(0)
+    want = wrapped.rollout(T, case.policy, tensordict=case.start.clone())
+
+    env = fastwm.accelerate(case.env)
+    check_env_specs(env)
+    assert cache_of(copy.copy(env)) is not cache_of(env)
+    torch.manual_seed(0)
+    wrapped = env.append_transform(StepCounter(max_steps=5))
+    assert_same(wrapped.rollout(T, case.policy, tensordict=case.start.clone()), want)
 
 
 def test_check_parity_takes_it() -> None:
