@@ -16,7 +16,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 from fastwm.step_graph import Meta, Op, StepGraph, Value
 
@@ -476,6 +480,11 @@ def _one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
         return one_hot(tensor, num_classes)  # raises
     classes = torch.arange(num_classes, dtype=torch.long, device=tensor.device)
     return (tensor.unsqueeze(-1) == classes).to(torch.long)
+
+
+def is_tracing() -> bool:
+    """Whether this is being run by :func:`trace`."""
+    return any(isinstance(mode, _Recorder) for mode in _get_current_dispatch_mode_stack())
 
 
 def _python_draws() -> tuple[Any, ...]:

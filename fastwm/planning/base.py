@@ -12,12 +12,11 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
-from torchrl.data import Bounded, TensorSpec, Unbounded
+from torchrl.data import Bounded, Unbounded
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules.planners.common import MPCPlannerBase, _planning_done_keys
 
-from fastwm.assemble import leaves
 from fastwm.backends import check_name, requested
 from fastwm.engines.captured import ChecksFailed
 from fastwm.engines.cuda_graph import CaptureFailed, Recorder, graphs_apply
@@ -25,7 +24,8 @@ from fastwm.env import WorldModelEnv
 from fastwm.explain import Explanation
 from fastwm.fast_env import FastEnv
 from fastwm.plan import zero_done
-from fastwm.planning.graph import GraphedDecision, addresses, recorder_for
+from fastwm.planning.bootstrap import bootstrap
+from fastwm.planning.graph import recorder_for
 from fastwm.planning.imagination import (
     EagerImagination,
     Imagination,
@@ -36,11 +36,9 @@ from fastwm.planning.imagination import (
 from fastwm.planning.traced import Ask, TracedImagination
 from fastwm.request import NotCapturable, Request
 from fastwm.rollout import start_of
-from fastwm.tracing import Untraceable, cuda_device
+from fastwm.tracing import Untraceable, cuda_device, is_tracing
 
 __all__ = ["Planner"]
-
-_GRAPHS = 4  # decisions recorded, per planner
 
 
 class Planner(MPCPlannerBase):
@@ -95,21 +93,12 @@ class Planner(MPCPlannerBase):
         self.action_spec = action_spec
         self.policy = policy
         self.value = value
-        carried: tuple[NestedKey, ...] = ()
         required: list[NestedKey] = list(env.observation_spec.keys(True, True))
+        self._carried = tuple(required)
         if isinstance(env, WorldModelEnv):
-            carried, required = env.step_keys.carried, list(env.step_keys.required)
-        if value is None:
-            carried = ()
-        else:
-            carried = carried or tuple(required)
-        self.keys = Keys(
-            path_of(action_key), path_of(reward_key),
-            tuple(path_of(key) for key in _planning_done_keys(env)),
-            tuple(map(path_of, carried)), None if value_key is None else path_of(value_key),
-        )  # fmt: skip
-        self._bootstrap = _bootstrap(policy, value, action_key, value_key, action_spec, self.keys)
-        for module in (policy, self._bootstrap):
+            self._carried, required = env.step_keys.carried, list(env.step_keys.required)
+        self.value_key = value_key
+        for module in (policy, self._bootstrap()):
             if module is not None:
                 required += [
                     key for key in map(unravel_key, cast(list[NestedKey], module.in_keys))
@@ -117,6 +106,25 @@ class Planner(MPCPlannerBase):
                 ]  # fmt: skip
         self.in_keys = required
         self._warned: set[str] = set()
+
+    @property
+    def keys(self) -> Keys:
+        """Where things are in a step's tensordict."""
+        valued = self.value is not None
+        return Keys(
+            path_of(self.action_key), path_of(self.reward_key),
+            tuple(path_of(key) for key in _planning_done_keys(self.env)),
+            tuple(map(path_of, self._carried)) if valued else (),
+            path_of(self.value_key) if valued and self.value_key is not None else None,
+        )  # fmt: skip
+
+    def _bootstrap(self) -> TensorDictSequential | None:
+        """The policy's action and the value of it, as long as these are the planner's."""
+        kept = self.__dict__.get("_joined")
+        if kept is None or kept[0] is not self.policy or kept[1] is not self.value:
+            joined = bootstrap(self.policy, self.value, self.keys, self.action_spec)
+            kept = self.__dict__["_joined"] = (self.policy, self.value, joined)
+        return kept[2]
 
     # -- what subclasses are made of
 
@@ -246,12 +254,18 @@ class Planner(MPCPlannerBase):
                 passed.setdefault("fused", f"{kind}: {why}")
         engines = {kind: piece.engine for (kind, _), piece in imagine.pieces.items()}
         engine = "fused" if set(engines.values()) == {"fused"} else "captured"
-        note = ", ".join(f"{kind} {name}" for kind, name in engines.items())
+        notes = []
+        if len(set(engines.values())) > 1:
+            notes.append(", ".join(f"{kind} {name}" for kind, name in engines.items()))
+        if self._recorder(imagine) is not None:
+            notes.append("one CUDA graph per decision")
+        if any(p.fused is not None and p.fused.bf16 for p in imagine.pieces.values()):
+            notes.append("bfloat16 weights")
         return Explanation(
             engine, passed, asked,
             "\n\n".join(f"{kind}:\n{p.graph}" for (kind, _), p in imagine.pieces.items()),
             "\n\n".join(f"{kind}:\n{p}" for (kind, _), p in imagine.pieces.items()),
-            note if len(set(engines.values())) > 1 else "",
+            "; ".join(notes),
         )  # fmt: skip
 
     def _asked(self) -> str:
@@ -261,7 +275,7 @@ class Planner(MPCPlannerBase):
         return requested(own)
 
     def _decide(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        if torch._C._len_torch_dispatch_stack():
+        if is_tracing():
             raise Untraceable("a planner decides anew at every step")
         start = self._start(tensordict)
         memory = self._memory(tensordict, start.batch_size[0])
@@ -294,57 +308,35 @@ class Planner(MPCPlannerBase):
                     f"this planner runs on the eager engine: {reason}. "
                     "(planner.explain(...) says more; backend='eager' asks for it and silences this.)"
                 )
-        return self._search(
-            EagerImagination(
-                self.env, start, self.keys, self.planning_horizon, self.policy, self._bootstrap
-            ),
-            memory, explore,
-        )  # fmt: skip
+        imagine = EagerImagination(
+            self.env, start, self.keys, self.planning_horizon, self.policy, self._bootstrap()
+        )
+        return self._search(imagine, memory, explore)
 
     def _fast(
         self, imagine: TracedImagination, memory: dict[str, Tensor], explore: bool
     ) -> dict[str, Tensor]:
         """The decision on the pieces of ``imagine``: as one CUDA graph where that can be."""
-        recorder = recorder_for(imagine.device)
-        recorded = recorder is not None and self._records and graphs_apply()
-        if not recorded or any(piece.unrecorded for piece in imagine.pieces.values()):
+        recorder = self._recorder(imagine)
+        if recorder is None or not graphs_apply():
             return self._search(imagine, memory, explore)
-        assert recorder is not None
         before = _RandomState(self.env.device)
+        # All that Python looks at in the course of a search.
+        settings = tuple((k, v) for k, v in vars(self).items() if isinstance(v, (int, float, str)))
+        kind = explore, settings, self.keys, id(self.action_spec)
         try:
-            return self._recorded(imagine, memory, explore, recorder)
+            return imagine.known.recorded.decide(
+                lambda own, kept: self._search(own, kept, explore), imagine, memory, kind, recorder
+            )
         except CaptureFailed as reason:
             before.restore()
             self._warn(f"this planner's decisions are not one CUDA graph: {reason}")
         return self._search(imagine, memory, explore)
 
-    def _recorded(
-        self, imagine: TracedImagination, memory: dict[str, Tensor], explore: bool, recorder: Recorder
-    ) -> dict[str, Tensor]:  # fmt: skip
-        known = imagine.known
-        # All that Python looks at in the course of a search.
-        settings = tuple((k, v) for k, v in vars(self).items() if isinstance(v, (int, float, str)))
-        name = (
-            tuple(id(piece) for piece in imagine.pieces.values()), explore, settings,
-            id(self.action_spec), tuple((k, v.shape) for k, v in memory.items()),
-            tuple((path, t.shape, t.dtype) for path, t in leaves(imagine.start).items()),
-        )  # fmt: skip
-        if name in known.failed:
-            raise CaptureFailed(known.failed[name])
-        graph = known.graphs.get(name)
-        if graph is None or graph.addresses != addresses(imagine):
-            try:
-                graph = GraphedDecision(
-                    lambda own, kept: self._search(own, kept, explore), imagine, memory, recorder
-                )
-            except CaptureFailed as reason:
-                known.failed[name] = str(reason)
-                raise
-            known.graphs[name] = graph
-            while len(known.graphs) > _GRAPHS:
-                known.graphs.popitem(last=False)
-        known.graphs.move_to_end(name)
-        return graph(imagine.start, memory)
+    def _recorder(self, imagine: TracedImagination) -> Recorder | None:
+        """What can record decisions on these pieces."""
+        whole = self._records and not any(p.unrecorded for p in imagine.pieces.values())
+        return recorder_for(imagine.device) if whole else None
 
     def _traced(self, start: TensorDictBase, engine: str) -> TracedImagination:
         if not isinstance(self.env, FastEnv):
@@ -352,7 +344,7 @@ class Planner(MPCPlannerBase):
             raise NotCapturable(f"a {name} has no engines (fastwm.accelerate may give it some)")
         return TracedImagination(
             self, self.env, start, self.keys, self.planning_horizon, self._asks(), engine,
-            self.action_spec.zero(), self.policy, self._bootstrap,
+            self.action_spec.zero(), self.policy, self._bootstrap(),
         )  # fmt: skip
 
     def _start(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -375,50 +367,9 @@ class Planner(MPCPlannerBase):
         return start
 
     def _warn(self, text: str) -> None:
-        if text not in self._warned:
+        if text not in self._warned and not torch._C._len_torch_dispatch_stack():
             self._warned.add(text)
             warnings.warn(f"fastwm: {text}", stacklevel=7)
-
-
-def _bootstrap(
-    policy: TensorDictModuleBase | None,
-    value: TensorDictModuleBase | None,
-    action_key: NestedKey,
-    value_key: NestedKey | None,
-    spec: TensorSpec,
-    keys: Keys,
-) -> TensorDictSequential | None:
-    """The policy's action in the last latent, and the value of both."""
-    if policy is not None:
-        plays = [path_of(key) for key in cast(list[NestedKey], policy.out_keys)]
-        if keys.action not in plays:
-            raise KeyError(f"The policy writes {policy.out_keys}, not the action {action_key!r}.")
-    if value is None:
-        return None
-    written = [path_of(key) for key in cast(list[NestedKey], value.out_keys)]
-    if keys.value not in written:
-        raise KeyError(f"The value writes {value.out_keys}, not value_key={value_key!r}.")
-    if policy is None:
-        if keys.action in [path_of(key) for key in cast(list[NestedKey], value.in_keys)]:
-            raise KeyError(
-                f"The value reads the action {action_key!r}, which no module provides: give a policy."
-            )
-        return TensorDictSequential(_Still(value.in_keys[:1], action_key, spec), value)
-    return TensorDictSequential(policy, value)
-
-
-class _Still(TensorDictModuleBase):
-    """Writes an action of zeros, for a step whose action nobody reads."""
-
-    def __init__(self, in_keys: list[NestedKey], action_key: NestedKey, spec: TensorSpec) -> None:
-        super().__init__()
-        self.in_keys, self.out_keys = in_keys, [action_key]
-        self.shape, self.dtype = spec.shape, spec.dtype
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        like = tensordict.get(self.in_keys[0])
-        size = *tensordict.batch_size, *self.shape
-        return tensordict.set(self.out_keys[0], like.new_zeros(size, dtype=self.dtype))
 
 
 class _RandomState:

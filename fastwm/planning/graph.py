@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDictBase
@@ -12,14 +14,17 @@ from fastwm.assemble import leaves
 from fastwm.engines.captured import ChecksFailed
 from fastwm.engines.cuda_graph import CaptureFailed, CudaRecorder, Recorder
 from fastwm.nvtx import annotate
-from fastwm.planning.traced import TracedImagination
 
-__all__ = ["GraphedDecision", "recorder_for"]
+if TYPE_CHECKING:
+    from fastwm.planning.traced import TracedImagination
+
+__all__ = ["GraphedDecision", "Recorded", "recorder_for"]
 
 _WARMUPS = 3  # as fastwm.engines.cuda_graph
+_KEPT = 4  # decisions recorded, per planner
 _recorders: dict[torch.device, CudaRecorder] = {}
 
-Search = Callable[[TracedImagination, dict[str, Tensor]], dict[str, Tensor]]
+Search = Callable[["TracedImagination", dict[str, Tensor]], dict[str, Tensor]]
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
@@ -82,6 +87,53 @@ class GraphedDecision:
         if self.checks is not None and not bool(self.checks):
             raise ChecksFailed
         return {name: value.clone() for name, value in self.results.items()}
+
+
+class Recorded:
+    """The decisions of one planner that were recorded, least recently used first."""
+
+    def __init__(self) -> None:
+        self.graphs: OrderedDict[Any, GraphedDecision] = OrderedDict()
+        self.failed: dict[Any, str] = {}
+
+    def decide(
+        self,
+        search: Search,
+        imagine: TracedImagination,
+        memory: dict[str, Tensor],
+        kind: Any,
+        recorder: Recorder,
+    ) -> dict[str, Tensor]:
+        """A decision by replay, recorded first where it was not.
+
+        Args:
+            kind: whatever else Python looks at in the course of a search.
+
+        Raises:
+            CaptureFailed: it cannot be recorded.
+            ChecksFailed: the eager path would have raised.
+        """
+        name = (
+            kind, tuple(id(piece) for piece in imagine.pieces.values()),
+            tuple((k, v.shape) for k, v in memory.items()),
+            tuple((path, t.shape, t.dtype) for path, t in leaves(imagine.start).items()),
+        )  # fmt: skip
+        if name in self.failed:
+            raise CaptureFailed(self.failed[name])
+        graph = self.graphs.get(name)
+        if graph is None or graph.addresses != addresses(imagine):
+            try:
+                graph = GraphedDecision(search, imagine, memory, recorder)
+            except CaptureFailed as reason:
+                if len(self.failed) >= _KEPT:
+                    self.failed.clear()
+                self.failed[name] = str(reason)
+                raise
+            self.graphs[name] = graph
+            while len(self.graphs) > _KEPT:
+                self.graphs.popitem(last=False)
+        self.graphs.move_to_end(name)
+        return graph(imagine.start, memory)
 
 
 def addresses(imagine: TracedImagination) -> tuple[int, ...]:

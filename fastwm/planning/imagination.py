@@ -18,7 +18,7 @@ from fastwm.fast_env import FastEnv
 from fastwm.specs import next_key
 
 __all__ = ["EagerImagination", "Imagination", "Imagined", "Keys", "Path", "flat_start", "mean_of_pair",
-           "members", "path_of", "rows_of"]  # fmt: skip
+           "members", "path_of", "rows_of", "shown"]  # fmt: skip
 
 Path = tuple[str, ...]
 
@@ -27,6 +27,11 @@ def path_of(key: NestedKey) -> Path:
     """``"latent" -> ("latent",)``."""
     key = unravel_key(key)
     return (key,) if isinstance(key, str) else key
+
+
+def shown(path: Path | None) -> NestedKey | None:
+    """``("latent",) -> "latent"``, as users write keys."""
+    return None if path is None else unravel_key(path)
 
 
 @dataclass(frozen=True)

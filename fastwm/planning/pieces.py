@@ -55,10 +55,11 @@ class Piece:
 
     Args:
         plan: holds the traced step; its watch is its caller's to ask.
-        wanted: paths of the results; None for all, by the plan's own loops.
+        graph: the part of the step that is run, its constants some of the plan's; None for the whole step, by
+            the plan's own loops.
+        carried: paths that a step hands on to the next; none where there is one step alone.
         steps: how many.
         fused: on the fused engine, else the captured one.
-        follows: whether a step starts from what the one before it left; else there is one, cut short.
         compiler: of the captured engine's step.
         unfused: why it is not on the fused engine, to be told.
 
@@ -69,11 +70,11 @@ class Piece:
     def __init__(
         self,
         plan: Plan,
-        wanted: Sequence[Any] | None,
+        graph: StepGraph | None,
+        carried: Sequence[Any],
         steps: int,
         *,
         fused: bool,
-        follows: bool = True,
         compiler: Any = None,
         unfused: str = "",
     ) -> None:
@@ -81,15 +82,13 @@ class Piece:
         self.plan = plan
         self.steps = steps
         self.unfused = unfused
-        self.graph = traced.graph
+        self.graph = traced.graph if graph is None else graph
         self.fused: FusedLoop | None = None
         self.loop: CapturedLoop = plan.loop
         self._kept: list[int] | None = None
-        if wanted is None:
+        if graph is None:
             self.fused = plan.fused if fused else None
             return
-        carried = traced.carried if follows else ()
-        self.graph = graph = cut(traced.graph, [("td", path) for path in wanted], carried)
         kept = {value.index for value, _ in graph.constants}
         self._kept = [i for i, (v, _) in enumerate(traced.graph.constants) if v.index in kept]
         if fused:
@@ -117,6 +116,10 @@ class Piece:
         every = self.plan.constants
         return every if self._kept is None else [every[i] for i in self._kept]
 
+    def prepared(self, inputs: Tensors, count: int) -> Tensors:
+        """What :meth:`run` takes, from the start's leaves, each row of which stands ``count`` times."""
+        return inputs
+
     def run(
         self,
         inputs: Tensors,
@@ -126,7 +129,7 @@ class Piece:
         """Run the steps.
 
         Args:
-            inputs: the start's leaves by path, ``[rows, ...]``, contiguous.
+            inputs: the start's leaves by path, ``[rows, ...]``, contiguous; see :meth:`prepared`.
             actions: ``[rows, steps, *A]``, where the step is given them.
             checks: takes the checks that the step makes, instead of their being looked at here: nothing then
                 waits for the device.

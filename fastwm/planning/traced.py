@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from fastwm.assemble import leaves
 from fastwm.engines.fused import NotFusible
 from fastwm.fast_env import FastEnv
-from fastwm.plan import fuse_now, plan_for
+from fastwm.plan import Plan, fuse_now, plan_for
 from fastwm.planning.ensemble import Members, members_of
+from fastwm.planning.graph import Recorded
 from fastwm.planning.imagination import (
     Imagination,
     Imagined,
@@ -26,9 +28,11 @@ from fastwm.planning.imagination import (
     members,
     rows_of,
 )
-from fastwm.planning.pieces import Piece
+from fastwm.planning.pieces import Piece, cut
+from fastwm.planning.shared_start import SharedStart, divide
 from fastwm.request import Feed, NotCapturable, Request
 from fastwm.specs import next_key
+from fastwm.tracing import preserved_random_state
 
 __all__ = ["Ask", "TracedImagination"]
 
@@ -37,6 +41,8 @@ Ask = tuple[
 ]  # "candidates", "rollout", "policy" or "value"; for how many of each environment
 
 _KEPT = 32  # pieces kept per planner
+# Multiply-adds that a divided first step must spare in each iteration, for a call more and inputs to write.
+_WORTH = 10_000_000
 
 
 class _Known:
@@ -46,16 +52,14 @@ class _Known:
         pieces: by plan and use, least recently used first.
         members: see :func:`fastwm.planning.ensemble.members_of`.
         bootstraps: policy and pair of values, by the latter.
-        graphs: whole decisions, by what they were recorded for.
-        failed: why some could not be recorded, by the same.
+        recorded: whole decisions, as CUDA graphs.
     """
 
     def __init__(self) -> None:
         self.pieces: OrderedDict[Any, Piece] = OrderedDict()
         self.members: dict[Any, Any] = {}
         self.bootstraps: dict[Members, TensorDictSequential] = {}
-        self.graphs: OrderedDict[Any, Any] = OrderedDict()
-        self.failed: dict[Any, str] = {}
+        self.recorded = Recorded()
 
 
 # Beside the planners and not in them: a planner is walked, copied and pickled like any module.
@@ -100,7 +104,7 @@ class TracedImagination(Imagination):
             bootstrap = self._paired(bootstrap)
         self._policies = {"policy": policy, "value": bootstrap}
         self.pieces: dict[Ask, Piece] = {}
-        self._leaves: dict[int, dict[Path, Tensor]] = {}
+        self._inputs: dict[Ask, dict[Path, Tensor]] = {}
         #: The checks of all pieces, where they are not to be looked at.
         self.checks: list[Tensor] | None = None
         for kind, count in asks:
@@ -138,17 +142,19 @@ class TracedImagination(Imagination):
         plan, inputs = plan_for(env, request, td, feed, patient=self.engine != "auto")
         if self.engine == "fused":
             fuse_now(env, plan, inputs, feed)
-        self._leaves[count] = _contiguous(inputs)
+        inputs = _contiguous(inputs)
         known = self.known.pieces
         name = (id(plan), kind, steps, self.engine)
         if name not in known:
-            known[name] = self._make(plan, kind, steps)
+            known[name] = self._make(plan, kind, steps, inputs)
             while len(known) > _KEPT:
                 known.popitem(last=False)
         known.move_to_end(name)
-        return known[name]
+        piece = known[name]
+        self._inputs[kind, count] = piece.prepared(inputs, count)
+        return piece
 
-    def _make(self, plan: Any, kind: str, steps: int) -> Piece:
+    def _make(self, plan: Plan, kind: str, steps: int, inputs: dict[Path, Tensor]) -> Piece:
         keys = self.keys
         wanted: list[Path] | None = None
         if kind == "value":
@@ -163,43 +169,74 @@ class TracedImagination(Imagination):
         for path in wanted or ():
             if ("td", path) not in plan.traced.graph.outputs:
                 raise KeyError(f"The planner reads {path}, but no step writes {path}.")
-        follows = kind != "value"
         reason = plan.unfused or (plan.fused.slower if plan.fused is not None else "")
+        carried = plan.traced.carried if kind != "value" else ()
+        graph = None
+        if wanted is not None:
+            graph = cut(plan.traced.graph, [("td", path) for path in wanted], carried)
         if plan.fused is not None and (self.engine == "fused" or not reason):
             try:
                 if self.engine != "captured":
-                    return Piece(plan, wanted, steps, fused=True, follows=follows)
+                    piece = Piece(plan, graph, carried, steps, fused=True)
+                    return self._sharing(piece, carried, steps, inputs) or piece
             except NotFusible as error:
                 reason = str(error)
         if self.engine == "fused":
             raise NotCapturable(f"{kind}: {reason}")
         compiler = self.env.step_compiler()
-        return Piece(
-            plan, wanted, steps, fused=False, follows=follows, compiler=compiler, unfused=reason
-        )
+        return Piece(plan, graph, carried, steps, fused=False, compiler=compiler, unfused=reason)
+
+    def _sharing(
+        self, piece: Piece, carried: Sequence[Path], steps: int, inputs: dict[Path, Tensor]
+    ) -> Piece | None:
+        """The same with its first step divided, where that spares enough and gives the same."""
+        plan = piece.plan
+        fed = plan.traced.fed
+        divided = divide(piece.graph, fed) if fed and piece.graph is not plan.traced.graph else None
+        rows = next(iter(inputs.values())).shape[0]
+        count = rows // self.batch
+        if divided is None or rows * divided.saved < _WORTH or self.action.device.type != "cpu":
+            return None
+        try:
+            shared = SharedStart(plan, piece.graph, carried, steps, divided)
+            with preserved_random_state(self.env.device, plan.traced.generators):
+                actions = torch.rand(rows, steps, *self.action.shape).to(self.action)
+                state = torch.get_rng_state()
+                want = piece.run(inputs, actions)
+                torch.set_rng_state(state)
+                got = shared.run(shared.prepared(inputs, count), actions)
+        except Exception:  # a fault of the division is no reason not to plan
+            return None
+        return shared if all(_close(got[path], value) for path, value in want.items()) else None
 
     def starting_from(self, start: TensorDictBase) -> TracedImagination:
         """The same, bound to the same pieces, for another start of the same kind."""
         other = copy.copy(self)
         other.start = start
-        other._leaves = {n: _contiguous(leaves(rows_of(start, n))) for n in self._leaves}
+        other._inputs = {
+            ask: piece.prepared(_contiguous(leaves(rows_of(start, ask[1]))), ask[1])
+            for ask, piece in self.pieces.items()
+        }
         return other
 
     # -- running
 
+    def _run(self, kind: str, count: int, actions: Tensor | None) -> dict[Path, Tensor]:
+        return self.pieces[kind, count].run(self._inputs[kind, count], actions, self.checks)
+
     def candidates(self, actions: Tensor) -> Imagined:
         count = actions.shape[1]
         given = actions.flatten(0, 1)
-        results = self.pieces["candidates", count].run(self._leaves[count], given, self.checks)
+        results = self._run("candidates", count, given)
         return self._taken(count, given, results)
 
     def rollout(self, actions: Tensor) -> TensorDictBase:
-        piece = self.pieces["rollout", actions.shape[1]]
-        results = piece.run(self._leaves[actions.shape[1]], actions.flatten(0, 1), self.checks)
-        return piece.plan.traced.template.fill(results, self.horizon, 1)
+        count = actions.shape[1]
+        results = self._run("rollout", count, actions.flatten(0, 1))
+        return self.pieces["rollout", count].plan.traced.template.fill(results, self.horizon, 1)
 
     def policy(self, count: int) -> Imagined:
-        results = self.pieces["policy", count].run(self._leaves[count], None, self.checks)
+        results = self._run("policy", count, None)
         return self._taken(count, results[self.keys.action], results)
 
     def value(self, last: dict[Path, Tensor], pair: Tensor) -> Tensor:
@@ -207,7 +244,7 @@ class TracedImagination(Imagination):
         count = next(iter(last.values())).shape[1]
         if self._members is not None:
             self._members.pair.copy_(members(pair, self._members.count))
-        inputs = dict(self._leaves[count])
+        inputs = dict(self._inputs["value", count])
         inputs.update({path: value.flatten(0, 1).contiguous() for path, value in last.items()})
         results = self.pieces["value", count].run(inputs, None, self.checks)
         values = results[self.keys.value].reshape(self.batch, count, -1)
@@ -220,3 +257,13 @@ class TracedImagination(Imagination):
 
 def _contiguous(tensors: dict[Path, Tensor]) -> dict[Path, Tensor]:
     return {path: value.contiguous() for path, value in tensors.items() if path[0] != "next"}
+
+
+def _close(got: Tensor, want: Tensor) -> bool:
+    """Equal but for rounding; of a choice between near equals, a few rows may fall the other way."""
+    if not want.is_floating_point():
+        return (got != want).sum().item() <= 0.02 * want.numel()
+    scale = max(1.0, want.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
+    bound = (1e-9 if want.dtype is torch.float64 else 1e-4) * scale
+    same = torch.isclose(got, want, rtol=0.0, atol=bound, equal_nan=True)
+    return (~same).sum().item() <= 0.02 * want.numel()

@@ -85,7 +85,7 @@ def test_the_last_plan_is_an_input_of_the_graph(recorder: Counting) -> None:
             assert_same(state, want)
             state["is_init"] = want["is_init"] = torch.tensor([[False], [seed == 1]])
         # One without a plan, one with.
-        assert len(_known[plan].graphs) == 2
+        assert len(_known[plan].recorded.graphs) == 2
 
 
 def test_a_weight_written_in_place_needs_no_new_graph_and_one_that_moved_does(
@@ -103,7 +103,7 @@ def test_a_weight_written_in_place_needs_no_new_graph_and_one_that_moved_does(
     parts.dynamics.net[0].weight = nn.Parameter(2 * weight.detach())
     assert_same(decided(plan, state), decided(plan, state, "eager"))
     assert recorder.recorded == 2
-    assert len(_known[plan].graphs) == 1
+    assert len(_known[plan].recorded.graphs) == 1
 
 
 @pytest.mark.parametrize(
@@ -185,4 +185,4 @@ def test_decisions_on_a_gpu_are_those_of_eager(which: int) -> None:
         got, want = decided(plan, state, seed=seed), decided(plan, state, "eager", seed)
         for key, value in want.items():
             torch.testing.assert_close(got[key], value, rtol=1e-3, atol=1e-4)
-    assert len(_known[plan].graphs) == 1
+    assert len(_known[plan].recorded.graphs) == 1

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 import fastwm
@@ -92,6 +93,41 @@ def test_changed_settings_are_seen(engine: str, name: str, value: float) -> None
     before = decisions(plan, state, engine)
     setattr(plan, name, value)
     assert_follows(plan, state, engine, before)
+
+
+@pytest.mark.parametrize("which", ["policy", "value"])
+@pytest.mark.parametrize("engine", FAST)
+def test_another_module_given_to_the_planner_is_seen(engine: str, which: str) -> None:
+    parts = Parts()
+    plan = TDMPC2Planner(parts.env(), policy=parts.policy, value=parts.value, **SIZES)
+    state = parts.start(3)
+    before = decisions(plan, state, engine)
+    setattr(plan, which, getattr(Parts(), which))
+    assert_follows(plan, state, engine, before)
+    other = TDMPC2Planner(parts.env(), policy=plan.policy, value=plan.value, **SIZES)
+    want = decisions(other, state, "eager")
+    torch.testing.assert_close(
+        decisions(plan, state, engine)["plan"], want["plan"], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_state_dict_holds_each_module_once() -> None:
+    parts = Parts()
+    plan = TDMPC2Planner(parts.env(), policy=parts.policy, value=parts.value, **SIZES)
+    decisions(plan, parts.start(1), "fused")
+    tops = {name.partition(".")[0] for name in plan.state_dict()}
+    assert tops == {"module", "env", "policy", "value"}  # the first two as in torchrl
+
+
+def test_under_a_dispatch_mode_the_ops_are_those_of_eager() -> None:
+    parts = Parts()
+    plan = TDMPC2Planner(parts.env(), policy=parts.policy, value=parts.value, **SIZES)
+    state = parts.start(1)
+    want = decisions(plan, state, "eager")
+    with FlopCounterMode(display=False) as counter:
+        got = decisions(plan, state, "auto")
+    assert torch.equal(got["action"], want["action"])
+    assert counter.get_total_flops() > 0
 
 
 @pytest.mark.parametrize("engine", FAST)
