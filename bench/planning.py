@@ -266,11 +266,16 @@ def gflop(family: Any, batch: int) -> dict[str, float]:
             m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear)
         )
 
-    step, prior = macs(family.dynamics) + macs(family.reward), macs(family.policy)
+    networks = family.dynamics, family.reward
+    step, prior = sum(map(macs, networks)), macs(family.policy)
     weights = family.value.module.ensemble.weights
     one, count = sum(w[0].numel() for w in weights), weights[0].shape[0]
     own = PRIOR * HORIZON * (prior + step)
-    needed = own + ITERATIONS * ((SAMPLES - PRIOR) * HORIZON * step + SAMPLES * (prior + 2 * one))
+    # Of the first step, the products with the latent that all candidates share are made once.
+    first = [next(m for m in net.modules() if isinstance(m, nn.Linear)) for net in networks]
+    shared = sum(m.out_features * (m.in_features - ACTION) for m in first)
+    drawn = HORIZON * step - shared
+    needed = own + shared + ITERATIONS * ((SAMPLES - PRIOR) * drawn + SAMPLES * (prior + 2 * one))
     official = PRIOR * (
         HORIZON * prior + (HORIZON - 1) * macs(family.dynamics)
     ) + ITERATIONS * SAMPLES * (HORIZON * step + prior + count * one)
