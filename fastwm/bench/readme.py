@@ -1,4 +1,4 @@
-"""The README's table of speeds, written from recorded rows: no figure is typed by hand.
+"""The README's tables, written from recorded rows and curves: no figure is typed by hand.
 
 python -m fastwm.bench.readme          rewrite what stands between the markers
 python -m fastwm.bench.readme --check  exit 1 where it is not what the rows say
@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from fastwm.bench.learned import learned
 from fastwm.bench.plots import conditions_of, latest
 from fastwm.bench.rows import TimeRow, read
 
@@ -128,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     old = options.readme.read_text()
     new = rewritten(old, block(_times(options.results, ["mlp"])))
     new = rewritten(new, families(_times(options.results, FAMILIES)), "families")
+    new = rewritten(new, learned(options.results / "examples"), "examples")
     if options.check:
         if new != old:
             print(f"{options.readme} does not say what {options.results} says", file=sys.stderr)
