@@ -64,8 +64,8 @@ class Settings:
     gamma: float = 0.99
     lmbda: float = 0.95
     model_rate: float = 1e-3
-    actor_rate: float = 1e-3
-    value_rate: float = 1e-3
+    actor_rate: float = 3e-4
+    value_rate: float = 3e-4
     max_norm: float = 100.0
     belief: int = 64
     state: int = 10
@@ -181,7 +181,7 @@ class Learner:
 
 def main() -> None:
     run = Run.from_command_line(
-        "dreamer", __doc__, steps=12_000, quick_steps=80, classes=("fastwm", "torchrl")
+        "dreamer", __doc__, steps=15_000, quick_steps=80, classes=("fastwm", "torchrl")
     )
     settings = QUICK if run.quick else SETTINGS
     base_env = run.make_env()
