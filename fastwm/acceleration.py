@@ -144,7 +144,9 @@ class _Accelerated(FastEnv):
 
 def never_resets(cls: type[EnvBase]) -> bool:
     """Whether rows that are finished go on in the rollouts of a class, as in a ``DreamerEnv``'s."""
-    return any(getattr(cls, name) in _ONGOING for name in _RESTARTING)
+    if cls.maybe_reset is EnvBase.maybe_reset:
+        return cls.any_done in _ONGOING
+    return cls.maybe_reset in _ONGOING
 
 
 def _blank(own_class: type[EnvBase]) -> EnvBase:

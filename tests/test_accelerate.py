@@ -105,6 +105,26 @@ def test_from_a_start_that_the_env_draws(name: str) -> None:
             assert_same(got, want)
 
 
+def test_what_a_start_holds_under_next_stays_where_no_step_writes_it() -> None:
+    """As ``EnvBase.step`` has it: such entries are the first step's alone, and eager's."""
+    case = dreamer()
+    for key, reason in (("reward", ""), ("extra", "are not there at every step")):
+        env = fastwm.accelerate(copy.deepcopy(case.env))
+        start = case.start.clone()
+        start["next", key] = torch.full((5, 1), 7.0)
+        torch.manual_seed(0)
+        want = case.env.rollout(T, case.policy, tensordict=start.clone())
+        assert reason in why_eager(env, case.policy, start)
+        assert (reason == "") == (why_eager(env, case.policy, start) == "")
+        with ignored_warnings():
+            got, _ = run("auto", env, T, case.policy, start)
+        assert type(got) is type(want)
+        for ours, theirs in zip(got.unbind(1), want.unbind(1), strict=True):
+            assert set(ours.keys(True, True)) == set(theirs.keys(True, True))
+            for name in theirs.keys(True, True):
+                assert_close(ours[name], theirs[name], "rollout", str(name))
+
+
 @pytest.mark.parametrize("stops", [True, False])
 def test_from_a_start_that_was_reset_before(stops: bool) -> None:
     """As `DreamerActorLoss` does it: ``auto_reset=False``."""
