@@ -7,6 +7,10 @@ exploration noise; then train the model on sequences of everything played so far
 repeated for two real steps, as PlaNet does, so an episode of Pendulum-v1 has 100 decisions. Source:
 Hafner et al. 2019, "Learning Latent Dynamics for Planning from Pixels", algorithm 1; sizes are those of
 `SETTINGS` below.
+
+--classes torchrl runs the same modules on torchrl's RSSMRolloutV3, DreamerEnv and CEMPlanner (RSSMRolloutV3,
+because its first RSSMRollout knows no resets; the prior takes the planner's two batch dims, which
+torchrl's own refuses).
 """
 
 from __future__ import annotations
@@ -15,11 +19,14 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import EnvBase, FrameSkipTransform, TransformedEnv
+from torchrl.envs.model_based.dreamer import DreamerEnv
 from torchrl.envs.utils import ExplorationType, exploration_type
+from torchrl.modules import CEMPlanner as TorchRLPlanner
+from torchrl.modules import RSSMRolloutV3, WorldModelWrapper
 from training import Run
 
 from fastwm.models import RSSMFamily, insert_resets, planet
@@ -93,19 +100,36 @@ class ExplorationNoise(torch.nn.Module):
 
 
 def make_policy(
-    family: RSSMFamily, env: EnvBase, settings: Settings, backend: str
+    family: RSSMFamily, env: EnvBase, settings: Settings, run: Run
 ) -> TensorDictSequential:
     """Filters what is observed, plans from there, adds noise."""
-    planner = CEMPlanner(
-        family.env(env, backend=backend),
-        planning_horizon=settings.horizon,
-        optim_steps=settings.iterations,
-        num_candidates=settings.candidates,
-        top_k=settings.best,
-        backend=backend,
-    )
+    arguments = {
+        "planning_horizon": settings.horizon,
+        "optim_steps": settings.iterations,
+        "num_candidates": settings.candidates,
+        "top_k": settings.best,
+    }
+    planner: TensorDictModuleBase
+    if run.classes == "torchrl":
+        planner = TorchRLPlanner(torchrl_env(family, env), **arguments)
+    else:
+        imagined = family.env(env, backend=run.backend)
+        planner = CEMPlanner(imagined, **arguments, backend=run.backend)
     noise = TensorDictModule(ExplorationNoise(env, settings.noise), ["action"], ["action"])
     return family.actor(TensorDictSequential(planner, noise))
+
+
+def torchrl_env(family: RSSMFamily, env: EnvBase) -> DreamerEnv:
+    """The family's prior and reward head as torchrl's imagined env; its rollout put in the place of ours."""
+    rollout = RSSMRolloutV3(family.rollout.rssm_prior, family.rollout.rssm_posterior)
+    family.observe[0].module[2] = rollout
+    model, latents = family.world_model, ["state", "belief"]
+    step = TensorDictModule(model.dynamics.module, [*latents, "action"], ["_", "_", *latents])
+    reward = TensorDictModule(model.reward_head.module, latents, ["reward"])
+    state, belief = (torch.Size([width]) for width in family.sizes)
+    imagined = DreamerEnv(WorldModelWrapper(TensorDictSequential(step), reward), state, belief)
+    imagined.set_specs_from_env(family.real_env(env))
+    return imagined
 
 
 def sequences(buffer: TensorDictReplayBuffer, batch: int, length: int) -> TensorDictBase:
@@ -131,7 +155,9 @@ def train(
 
 
 def main() -> None:
-    run = Run.from_command_line("planet", __doc__, steps=12_000, quick_steps=60)
+    run = Run.from_command_line(
+        "planet", __doc__, steps=5000, quick_steps=60, classes=("fastwm", "torchrl")
+    )
     settings = QUICK if run.quick else SETTINGS
     repeat = FrameSkipTransform(settings.action_repeat)
 
@@ -147,7 +173,7 @@ def main() -> None:
         reward_loss_scale=settings.reward_loss,
     )
     family.rollout.backend = run.backend
-    policy = make_policy(family, base_env, settings, run.backend)
+    policy = make_policy(family, base_env, settings, run)
     optimizer = torch.optim.Adam(
         family.loss.parameters(), settings.learning_rate, eps=settings.epsilon
     )

@@ -36,8 +36,11 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(finished: Path, tmp_pat
     assert [p["loss_model_kl"] for p in resumed] == [p["loss_model_kl"] for p in whole]
 
 
-def test_eager_learns_from_the_same_numbers(finished: Path, tmp_path: Path) -> None:
-    run_example("planet", tmp_path, "--backend", "eager")
+@pytest.mark.parametrize("choice", [("--backend", "eager"), ("--classes", "torchrl")])
+def test_eager_and_torchrls_classes_learn_from_the_same_numbers(
+    choice: tuple[str, str], finished: Path, tmp_path: Path
+) -> None:
+    run_example("planet", tmp_path, *choice)
     own, other = curve(finished)["evaluations"], curve(tmp_path)["evaluations"]
     for ours, theirs in zip(own, other, strict=True):
         # Roundings of the engine, grown over the updates and the episodes since.
