@@ -30,6 +30,7 @@ from fastwm.planning.imagination import (
     EagerImagination,
     Imagination,
     Keys,
+    device_of,
     flat_start,
     path_of,
 )  # fmt: skip
@@ -149,8 +150,8 @@ class Planner(MPCPlannerBase):
             and the next memory by the same names.
         """
 
-    def _memory(self, tensordict: TensorDictBase, batch: int) -> dict[str, Tensor]:
-        """What the last decision left in the tensordict, ``[B, ...]``."""
+    def _memory(self, tensordict: TensorDictBase, device: torch.device) -> dict[str, Tensor]:
+        """What the last decision left in the tensordict, ``[B, ...]``, and constants of the search."""
         return {}
 
     def _memory_keys(self) -> dict[str, NestedKey]:
@@ -278,7 +279,7 @@ class Planner(MPCPlannerBase):
         if is_tracing():
             raise Untraceable("a planner decides anew at every step")
         start = self._start(tensordict)
-        memory = self._memory(tensordict, start.batch_size[0])
+        memory = self._memory(tensordict, device_of(start))
         explore = exploration_type() in (ExplorationType.RANDOM, None)
         with torch.no_grad(), self._mode():
             results = self._run(start, memory, explore)

@@ -144,9 +144,9 @@ class ICEMPlanner(Planner):
     def _memory_keys(self) -> dict[str, NestedKey]:
         return {"plan": self.plan_key, "elites": self.elites_key}
 
-    def _memory(self, tensordict: TensorDictBase, batch: int) -> dict[str, Tensor]:
+    def _memory(self, tensordict: TensorDictBase, device: torch.device) -> dict[str, Tensor]:
         colour = coloured(self.planning_horizon, self.noise_beta)
-        found = {"colour": colour.to(self.action_spec.dtype).to(tensordict.device)}
+        found = {"colour": colour.to(device, self.action_spec.dtype)}
         shape = self.planning_horizon, *self.action_spec.shape
         plan = self._remembered(tensordict, self.plan_key, shape)
         kept = self._remembered(tensordict, self.elites_key, (self.num_kept, *shape))
@@ -154,7 +154,7 @@ class ICEMPlanner(Planner):
             return found
         begins = self._restarts(tensordict, self.init_key)
         if begins is None:
-            begins = torch.zeros(batch, dtype=torch.bool, device=plan.device)
+            begins = torch.zeros(plan.shape[0], dtype=torch.bool, device=device)
         found |= {"plan": plan, "elites": kept}
         return {k: v.nan_to_num(0.0, 0.0, 0.0) for k, v in found.items()} | {"begins": begins}
 

@@ -17,8 +17,8 @@ from torchrl.envs.utils import _make_compatible_policy
 from fastwm.fast_env import FastEnv
 from fastwm.specs import next_key
 
-__all__ = ["EagerImagination", "Imagination", "Imagined", "Keys", "Path", "flat_start", "mean_of_pair",
-           "members", "path_of", "rows_of", "shown"]  # fmt: skip
+__all__ = ["EagerImagination", "Imagination", "Imagined", "Keys", "Path", "device_of", "flat_start",
+           "mean_of_pair", "members", "path_of", "rows_of", "shown"]  # fmt: skip
 
 Path = tuple[str, ...]
 
@@ -103,7 +103,7 @@ class Imagination(ABC):
         self.keys = keys
         self.horizon = horizon
         self.batch = start.batch_size[0]
-        self.device = next(iter(start.values(True, True))).device
+        self.device = device_of(start)
 
     @abstractmethod
     def candidates(self, actions: Tensor) -> Imagined:
@@ -156,6 +156,11 @@ class Imagination(ABC):
                 f"a step's has shape {tuple(value.shape[2:])}."
             )
         return value.flatten(1)
+
+
+def device_of(tensordict: TensorDictBase) -> torch.device:
+    """Where its tensors are, whether or not it says so itself."""
+    return next(iter(tensordict.values(True, True))).device
 
 
 def rows_of(start: TensorDictBase, count: int) -> TensorDictBase:

@@ -81,7 +81,7 @@ def moments(best: Elites, weights: Tensor, *, unbiased: bool = False) -> tuple[T
         unbiased: divide by one less than the sum of weights (of 1 each), as ``torch.std``; with one elite
             the deviation is 0.
     """
-    weights = weights.masked_fill(~best.valid, 0.0)
+    weights = weights.masked_fill(~best.valid, 0.0).to(best.actions.dtype)
     weights = weights.reshape(*weights.shape, *(1,) * (best.actions.ndim - 2))
     total = weights.sum(1).clamp(min=torch.finfo(weights.dtype).tiny)
     mean = (weights * best.actions).sum(1) / total

@@ -173,7 +173,7 @@ class TDMPC2Planner(Planner):
     def _memory_keys(self) -> dict[str, NestedKey]:
         return {"plan": self.plan_key}
 
-    def _memory(self, tensordict: TensorDictBase, batch: int) -> dict[str, Tensor]:
+    def _memory(self, tensordict: TensorDictBase, device: torch.device) -> dict[str, Tensor]:
         shape = self.planning_horizon, *self.action_spec.shape
         plan = self._remembered(tensordict, self.plan_key, shape)
         if plan is None:
