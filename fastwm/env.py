@@ -288,6 +288,8 @@ class WorldModelEnv(FastEnv, ModelBasedEnvBase):
         """Say so where the policy, or the step, reads a key that is not there."""
         if isinstance(error, MissingKeyError):
             return
+        if request.tensordict is None and not request.auto_reset:
+            return  # no start at all, which the error says
         cause = error.__cause__
         while cause is not None:  # an engine by name says that it cannot, because of it
             if isinstance(cause, MissingKeyError):
