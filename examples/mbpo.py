@@ -22,7 +22,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer, Unbounded
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, ExplorationType
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
 from training import Run
@@ -75,8 +75,8 @@ class Settings:
     real_ratio: float = 0.05
     hidden: tuple[int, ...] = (200,) * 4
     width: int = 128
-    gamma: float = 0.99
-    tau: float = 0.005
+    gamma: float = 0.98
+    tau: float = 0.01
     learning_rate: float = 1e-3
     model_learning_rate: float = 1e-3
     model_batch: int = 32
@@ -102,9 +102,10 @@ def make_sac(env: EnvBase, settings: Settings) -> tuple[SACLoss, ProbabilisticAc
         spec=env.action_spec,
         distribution_class=TanhNormal,
         distribution_kwargs={"low": space.low, "high": space.high},
+        default_interaction_type=ExplorationType.RANDOM,  # evaluation asks for the mode
     )
     critic = ValueOperator(MLP(wide + narrow, 1, **cells), in_keys=["observation", "action"])
-    loss = SACLoss(actor, critic, action_spec=env.action_spec)
+    loss = SACLoss(actor, critic, action_spec=env.action_spec, loss_function="l2")
     loss.make_value_estimator(gamma=settings.gamma)
     return loss, actor
 
