@@ -51,9 +51,10 @@ class Settings:
     Args:
         block: real steps between two trainings of the model (250 in MBPO).
         random_blocks: played with random actions first.
-        branches: imagined from real states per block (400 per real step).
+        branches: imagined from real states per block (400 per real step); at 20 steps each, as many
+            transitions as the updates until the next block read.
         lengths, blocks: the branches' length goes from the first to the second over these blocks.
-        retained: blocks whose branches are kept.
+        retained: blocks of the longest branches that are kept (4).
         updates: of the policy per real step (20 to 40).
         batch, real_ratio: rows per update, and the part of them that is real (256, 0.05).
         hidden: of the ensemble (4 x 200).
@@ -66,10 +67,10 @@ class Settings:
 
     block: int = 200
     random_blocks: int = 2
-    branches: int = 2_500
+    branches: int = 20_000
     lengths: tuple[int, int] = (1, 20)
     blocks: tuple[int, int] = (1, 5)
-    retained: int = 2
+    retained: int = 1
     updates: int = 10
     batch: int = 256
     real_ratio: float = 0.05
@@ -166,7 +167,7 @@ class Mixed:
 
 def main() -> None:
     run = Run.from_command_line(
-        "mbpo", __doc__, steps=4000, quick_steps=60, classes=("fastwm", "torchrl")
+        "mbpo", __doc__, steps=2000, quick_steps=60, classes=("fastwm", "torchrl")
     )
     settings = QUICK if run.quick else SETTINGS
     real_env = run.make_env()
