@@ -35,13 +35,14 @@ def all_planners(env: fastwm.WorldModelEnv, parts: Parts, **kwargs: Any) -> list
     value = ValueOperator(nn.Linear(LATENT, 1), in_keys=["latent"])
     advantage = TDLambdaEstimator(gamma=0.9, lmbda=0.9, value_network=value)
     sizes = {"planning_horizon": 3, "optim_steps": 3, "num_candidates": 32, "top_k": 20, **kwargs}
+    tdmpc2 = {name: value for name, value in kwargs.items() if name == "backend"}
     return [
         CEMPlanner(env, **sizes),
         ICEMPlanner(env, **sizes),
         MPPIPlanner(env, advantage, temperature=1.0, **sizes),
         TDMPC2Planner(
             env, policy=parts.policy, value=parts.value, num_samples=32, num_elites=20,
-            num_pi_trajs=4, iterations=3, max_std=1.0, **kwargs,
+            num_pi_trajs=4, iterations=3, max_std=1.0, **tdmpc2,
         ),
     ]  # fmt: skip
 
@@ -109,13 +110,54 @@ def test_one_bad_state_leaves_the_others_as_they_are() -> None:
 
 @torch.no_grad()
 def test_a_policy_gone_wrong_does_not_reach_the_action() -> None:
+    """Also where its NaN does not show in the return."""
     parts = Parts()
     broken = module(lambda z: NAN * z[..., :ACTION], ["latent"], ["action"])
-    env = env_of(lambda z, a: torch.ones_like(a[..., :1]) + 0 * z[..., :1], parts)
+
+    def dynamics(latent: Tensor, action: Tensor) -> Tensor:
+        return latent + torch.where(action == action, action, 0.0).sum(-1, keepdim=True)
+
+    world_model = fastwm.WorldModel(
+        module(parts.encoder, ["observation"], ["latent"]),
+        module(dynamics, ["latent", "action"], [("next", "latent")]),
+        module(lambda z: -z.square().sum(-1, keepdim=True), [("next", "latent")], [("next", "reward")]),
+    )  # fmt: skip
+    base = spec_env(obs=OBS, action=ACTION, bounded=True)
+    env = fastwm.WorldModelEnv(world_model, base, batch_size=[])
     for engine in ENGINES:
-        # The reward does not depend on the action, so that the NaN does not show in the return.
         plan = TDMPC2Planner(env, policy=broken, num_samples=32, num_elites=32, backend=engine)
-        assert torch.isfinite(plan(parts.start(2))["action"]).all()
+        out = plan(parts.start(2))
+        assert torch.isfinite(out["action"]).all()
+        assert torch.isfinite(out["plan"]).all()
+
+
+@torch.no_grad()
+def test_an_iteration_without_a_finite_return_keeps_what_the_ones_before_found() -> None:
+    class Fails(nn.Module):
+        """NaN from the second iteration on: after three steps."""
+
+        calls = 0
+
+        def forward(self, latent: Tensor, action: Tensor) -> Tensor:
+            self.calls += 1
+            return (action[..., :1] + 0 * latent[..., :1]) * (1.0 if self.calls <= 3 else NAN)
+
+    parts = Parts()
+    state = parts.start(2)
+    found: dict[int, list[Tensor]] = {}
+    for steps in (1, 3):
+        found[steps] = []
+        for which in (0, 2):  # those without a memory
+            torch.manual_seed(0)
+            env = env_of(Fails(), parts)
+            plan = all_planners(env, parts, optim_steps=steps, backend="eager")[which]
+            torch.manual_seed(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                found[steps].append(plan(state.clone())["action"])
+    for one, three in zip(found[1], found[3], strict=True):
+        assert one.abs().min() > 0
+        assert torch.equal(one, three)
 
 
 @torch.no_grad()

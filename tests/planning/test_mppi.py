@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.modules import MPPIPlanner as TorchRLPlanner
 from torchrl.modules import ValueOperator
@@ -48,6 +49,30 @@ def test_decisions_are_those_of_torchrl(kind: Any, batch: tuple[int, ...]) -> No
         got = plan(start.clone())["action"]
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         assert plan.explain(start).engine == engine
+
+
+class Sum(TensorDictModuleBase):
+    """An advantage that knows of no flags."""
+
+    in_keys: ClassVar = [("next", "reward")]
+    out_keys: ClassVar = ["advantage"]
+
+    def forward(self, tensordict: Any) -> Any:
+        total = tensordict["next", "reward"].sum(-2, keepdim=True)
+        return tensordict.set("advantage", total.expand_as(tensordict["next", "reward"]).clone())
+
+
+@torch.no_grad()
+def test_rewards_behind_the_end_do_not_count() -> None:
+    case = make_case("linear_done")
+    env, start = case.env([]), with_flags(case.start(3))
+    with fastwm.backend("eager"):
+        torch.manual_seed(3)
+        want = TorchRLPlanner(env, Sum(), **SIZES)(start.clone())["action"]
+    for engine in ENGINES:
+        torch.manual_seed(3)
+        got = MPPIPlanner(env, Sum(), backend=engine, **SIZES)(start.clone())["action"]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

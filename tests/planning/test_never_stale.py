@@ -174,6 +174,22 @@ def test_a_pair_of_a_stacked_ensemble_is_evaluated_alone(engine: str, training: 
 
 
 @pytest.mark.parametrize("engine", FAST)
+@torch.no_grad()
+def test_an_ensemble_that_cannot_be_evaluated_in_part_any_more_is_not(engine: str) -> None:
+    base = spec_env(obs=OBS, action=2, bounded=True)
+    family = tdmpc2(base, latent_dim=16, mlp_dim=24, enc_dim=8, num_q=5, dropout=0.5).eval()
+    for p in family.value.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    plan = TDMPC2Planner(family.env(base), policy=family.policy, value=family.value, **SIZES)
+    observed = TensorDict({"observation": torch.randn(3, OBS)}, [3])
+    state = family.world_model.encode(observed).select("latent")
+    for training in (False, True, False):
+        family.train(training)  # dropout: two members draw other numbers than five
+        got, want = decisions(plan, state, engine), decisions(plan, state, "eager")
+        torch.testing.assert_close(got["plan"], want["plan"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", FAST)
 def test_decisions_share_one_trace_of_each_kind(engine: str) -> None:
     parts = Parts()
     env = parts.env()
