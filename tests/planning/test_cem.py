@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Composite, Unbounded
-from torchrl.envs.model_based import ModelBasedEnvBase
-from torchrl.modules import MLP, SafeModule, WorldModelWrapper
+from torchrl.envs.model_based import DreamerEnv, ModelBasedEnvBase
+from torchrl.modules import MLP, RSSMPrior, SafeModule, WorldModelWrapper
 from torchrl.modules import CEMPlanner as TorchRLPlanner
 
 import fastwm
@@ -103,6 +104,32 @@ def test_an_env_of_another_kind_plans_eagerly_as_under_torchrl() -> None:
     assert plan.explain(start).engine == "fused"
     with pytest.warns(UserWarning, match="a planner decides anew"):
         assert env.rollout(2, plan).shape == (2,)
+
+
+@torch.no_grad()
+def test_torchrls_dreamer_env_once_accelerated() -> None:
+    prior = RSSMPrior(Unbounded((1,)), 8, rnn_hidden_dim=8, state_dim=4, action_dim=1)
+    outs = ["_", "_", "state", "belief"]
+    reward = MLP(in_features=12, out_features=1, depth=0)
+    env = DreamerEnv(
+        WorldModelWrapper(
+            TensorDictModule(prior, ["state", "belief", "action"], outs),
+            TensorDictModule(reward, ["state", "belief"], ["reward"]),
+        ),
+        prior_shape=(4,),
+        belief_shape=(8,),
+    )
+    env.observation_spec = Composite(state=Unbounded((4,)), belief=Unbounded((8,)))
+    env.action_spec, env.reward_spec = Unbounded((1,)), Unbounded((1,))
+    start = with_flags(TensorDict({"state": torch.randn(4), "belief": torch.randn(8)}, []))
+    torch.manual_seed(0)
+    want = TorchRLPlanner(env, **SIZES)(start.clone())["action"]
+    plan = CEMPlanner(fastwm.accelerate(env), **SIZES)
+    torch.manual_seed(0)
+    same(plan(start.clone())["action"], want)
+    assert plan.explain(start).engine == "fused"
+    # torchrl's own planner cannot: a GRU cell takes one batch dim.
+    assert plan(start.expand(2, 3).clone())["action"].shape == (2, 3, 1)
 
 
 @torch.no_grad()
