@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -123,6 +123,25 @@ class StepGraph:
                 memory.update(self.storage.get(v.index) for v in op.inputs())
         self.ops = kept[::-1]
         self.constants = [(v, t) for v, t in self.constants if v.index in needed]
+
+    def part(
+        self,
+        ops: Iterable[Op],
+        outputs: Mapping[Any, Value],
+        checks: Iterable[Value] = (),
+        inputs: Mapping[Any, Value] | None = None,
+    ) -> StepGraph:
+        """As much of ``ops`` as these outputs and checks need, as a step of its own.
+
+        Args:
+            inputs: default: those of this step.
+        """
+        part = StepGraph(
+            dict(self.inputs if inputs is None else inputs), list(self.constants), list(ops),
+            dict(outputs), list(checks), self.storage, self.metas, self.fresh,
+        )  # fmt: skip
+        part.prune()
+        return part
 
     def signature(self) -> tuple[str, ...]:
         """Equal for two traces that compute the same: values renumbered by first use."""

@@ -37,9 +37,9 @@ from fastwm.planning.imagination import (
 from fastwm.planning.traced import Ask, TracedImagination
 from fastwm.request import NotCapturable, Request
 from fastwm.rollout import start_of
-from fastwm.tracing import Untraceable, cuda_device, is_tracing
+from fastwm.tracing import Untraceable, is_tracing, kept_random_state
 
-__all__ = ["Planner"]
+__all__ = ["Planner", "check_share"]
 
 
 class Planner(MPCPlannerBase):
@@ -195,6 +195,10 @@ class Planner(MPCPlannerBase):
     def _randn(self, imagine: Imagination, *shape: int) -> Tensor:
         return torch.randn(shape, dtype=self.action_spec.dtype, device=imagine.device)
 
+    def _around(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """Candidates ``[B, N, T, *A]`` within the spec, from ``[B, T, *A]`` and standard noise."""
+        return self._projected(mean.unsqueeze(1) + std.unsqueeze(1) * noise)
+
     def _full(self, imagine: Imagination, value: float) -> Tensor:
         """``[B, T, *A]``."""
         shape = imagine.batch, self.planning_horizon, *self.action_spec.shape
@@ -295,7 +299,7 @@ class Planner(MPCPlannerBase):
     ) -> dict[str, Tensor]:
         asked = self._asked()
         if asked != "eager":
-            before = _RandomState(self.env.device)
+            restore = kept_random_state(self.env.device)
             try:
                 return self._fast(self._traced(start, asked), memory, explore)
             except (NotCapturable, ChecksFailed) as error:
@@ -304,7 +308,7 @@ class Planner(MPCPlannerBase):
                     raise RuntimeError(
                         f"backend={asked!r} cannot run this planner: {reason}."
                     ) from error
-                before.restore()
+                restore()
                 self._warn(
                     f"this planner runs on the eager engine: {reason}. "
                     "(planner.explain(...) says more; backend='eager' asks for it and silences this.)"
@@ -321,7 +325,7 @@ class Planner(MPCPlannerBase):
         recorder = self._recorder(imagine)
         if recorder is None or not graphs_apply():
             return self._search(imagine, memory, explore)
-        before = _RandomState(self.env.device)
+        restore = kept_random_state(self.env.device)
         # All that Python looks at in the course of a search.
         settings = tuple((k, v) for k, v in vars(self).items() if isinstance(v, (int, float, str)))
         kind = explore, settings, self.keys, id(self.action_spec)
@@ -330,7 +334,7 @@ class Planner(MPCPlannerBase):
                 lambda own, kept: self._search(own, kept, explore), imagine, memory, kind, recorder
             )
         except CaptureFailed as reason:
-            before.restore()
+            restore()
             self._warn(f"this planner's decisions are not one CUDA graph: {reason}")
         return self._search(imagine, memory, explore)
 
@@ -373,15 +377,11 @@ class Planner(MPCPlannerBase):
             warnings.warn(f"fastwm: {text}", stacklevel=7)
 
 
-class _RandomState:
-    """The generators as they stood before the decision, should it have to be taken again."""
+def check_share(name: str, share: int, of: str, whole: int) -> None:
+    """Hold the number of elites to what it is taken from.
 
-    def __init__(self, device: torch.device | None) -> None:
-        self.cpu = torch.get_rng_state()
-        self.device = cuda_device(device)
-        self.cuda = None if self.device is None else torch.cuda.get_rng_state(self.device)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None and self.device is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
+    Raises:
+        ValueError: less than one, or more than there are; names both.
+    """
+    if not 1 <= share <= whole:
+        raise ValueError(f"{name}={share} of {of}={whole}: it must be from 1 up to that.")

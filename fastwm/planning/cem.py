@@ -7,7 +7,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.envs import EnvBase
 
-from fastwm.planning.base import Planner
+from fastwm.planning.base import Planner, check_share
 from fastwm.planning.imagination import Imagination
 from fastwm.planning.returns import elites, moments, until_done, where_rows
 from fastwm.planning.traced import Ask
@@ -75,10 +75,7 @@ class CEMPlanner(Planner):
         backend: str = "auto",
     ) -> None:
         super().__init__(env, planning_horizon, reward_key, action_key, backend=backend)
-        if not 1 <= top_k <= num_candidates:
-            raise ValueError(
-                f"top_k={top_k} of num_candidates={num_candidates}: it must be from 1 up to that."
-            )
+        check_share("top_k", top_k, "num_candidates", num_candidates)
         self.optim_steps = optim_steps
         self.num_candidates = num_candidates
         self.top_k = top_k
@@ -92,7 +89,7 @@ class CEMPlanner(Planner):
         mean, std = self._full(imagine, 0.0), self._full(imagine, 1.0)
         for _ in range(self.optim_steps):
             noise = self._randn(imagine, *self._sequences(imagine, self.num_candidates))
-            actions = self._projected(mean.unsqueeze(1) + std.unsqueeze(1) * noise)
+            actions = self._around(mean, std, noise)
             imagined = imagine.candidates(actions)
             returns = until_done(imagined.rewards, imagined.done).sum(-1)
             best = elites(returns, actions, self.top_k)

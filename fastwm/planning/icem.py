@@ -9,7 +9,7 @@ from torch import Tensor
 from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 
-from fastwm.planning.base import Planner
+from fastwm.planning.base import Planner, check_share
 from fastwm.planning.imagination import Imagination
 from fastwm.planning.noise import coloured
 from fastwm.planning.returns import Elites, elites, moments, until_done, where_rows
@@ -102,10 +102,7 @@ class ICEMPlanner(Planner):
         backend: str = "auto",
     ) -> None:
         super().__init__(env, planning_horizon, reward_key, action_key, backend=backend)
-        if not 1 <= top_k <= num_candidates:
-            raise ValueError(
-                f"top_k={top_k} of num_candidates={num_candidates}: it must be from 1 up to that."
-            )
+        check_share("top_k", top_k, "num_candidates", num_candidates)
         if decay < 1:
             raise ValueError(f"decay={decay}: the number of candidates cannot grow.")
         if not (0 <= keep <= 1 and 0 <= alpha <= 1):
@@ -211,7 +208,7 @@ class ICEMPlanner(Planner):
     ) -> Tensor:
         white = self._randn(imagine, *self._sequences(imagine, count))
         noise = (white.movedim(2, -1) @ colour).movedim(-1, 2)
-        return self._projected(mean.unsqueeze(1) + std.unsqueeze(1) * noise)
+        return self._around(mean, std, noise)
 
     def _with_moved(self, actions: Tensor, memory: dict[str, Tensor]) -> Tensor:
         """The last elites in the place of the last candidates drawn, of which they take the last action."""

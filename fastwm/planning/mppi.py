@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase
 from torchrl.modules.planners.common import _mask_post_done_reward
 
-from fastwm.planning.base import Planner
+from fastwm.planning.base import Planner, check_share
 from fastwm.planning.imagination import Imagination
 from fastwm.planning.returns import elites, moments, where_rows
 from fastwm.planning.traced import Ask
@@ -90,10 +90,7 @@ class MPPIPlanner(Planner):
         backend: str = "auto",
     ) -> None:
         super().__init__(env, planning_horizon, reward_key, action_key, backend=backend)
-        if not 1 <= top_k <= num_candidates:
-            raise ValueError(
-                f"top_k={top_k} of num_candidates={num_candidates}: it must be from 1 up to that."
-            )
+        check_share("top_k", top_k, "num_candidates", num_candidates)
         self.advantage_module = advantage_module
         self.optim_steps = optim_steps
         self.num_candidates = num_candidates
@@ -109,7 +106,7 @@ class MPPIPlanner(Planner):
         mean, std = self._full(imagine, 0.0), self._full(imagine, 1.0)
         for _ in range(self.optim_steps):
             noise = self._randn(imagine, *self._sequences(imagine, self.num_candidates))
-            actions = self._projected(mean.unsqueeze(1) + std.unsqueeze(1) * noise)
+            actions = self._around(mean, std, noise)
             best = elites(self._advantages(imagine, actions), actions, self.top_k)
             weights = torch.softmax(self.temperature * best.returns, 1)
             mean, std = where_rows(best.found, moments(best, weights), (mean, std))

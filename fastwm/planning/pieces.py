@@ -31,23 +31,12 @@ def cut(graph: StepGraph, wanted: Collection[Any], carried: Collection[Any]) -> 
     ops, checks = list(graph.ops), list(graph.checks)
     if not carried:
         unread = [replace(op, draws=False) for op in ops]
-        needed = _part(graph, unread, outputs, [])
+        needed = graph.part(unread, outputs)
         made = {op.outputs for op in needed.ops}
         ops = ops[: max((i + 1 for i, op in enumerate(ops) if op.outputs in made), default=0)]
         known = {o for op in ops for o in op.outputs}
         checks = [check for check in checks if check in known]
-    return _part(graph, ops, outputs, checks)
-
-
-def _part(
-    graph: StepGraph, ops: list[Any], outputs: dict[Any, Any], checks: list[Any]
-) -> StepGraph:
-    part = StepGraph(
-        dict(graph.inputs), list(graph.constants), ops, outputs, checks, graph.storage, graph.metas,
-        graph.fresh,
-    )  # fmt: skip
-    part.prune()
-    return part
+    return graph.part(ops, outputs, checks)
 
 
 class Piece:

@@ -73,10 +73,10 @@ def divide(graph: StepGraph, fed: Collection[Any]) -> Divided | None:
         return None
     names = [("shared", str(i)) for i in range(len(edge))]
     still = [op for op in graph.ops if not op.draws]  # pruning would keep those that draw
-    before = _graph(graph, dict(graph.inputs), still, dict(zip(names, edge, strict=True)), [])
+    before = graph.part(still, dict(zip(names, edge, strict=True)))
     ops = [op for op in graph.ops if not any(o in edge for o in op.outputs)]
     inputs_after = {**graph.inputs, **dict(zip(names, edge, strict=True))}
-    after = _graph(graph, inputs_after, ops, graph.outputs, graph.checks)
+    after = graph.part(ops, graph.outputs, graph.checks, inputs_after)
     defined = {v.index for v in after.inputs.values()} | {v.index for v, _ in after.constants}
     defined |= {o.index for op in after.ops for o in op.outputs if o is not None}
     if any(v.index not in defined for op in after.ops for v in op.inputs()):
@@ -86,17 +86,6 @@ def divide(graph: StepGraph, fed: Collection[Any]) -> Divided | None:
 
 def _all_in(outputs: Sequence[Value | None], known: set[int]) -> bool:
     return all(o is None or o.index in known for o in outputs)
-
-
-def _graph(
-    of: StepGraph, inputs: dict[Any, Value], ops: list[Op], outputs: dict[Any, Value],
-    checks: list[Value],
-) -> StepGraph:  # fmt: skip
-    graph = StepGraph(
-        inputs, list(of.constants), list(ops), outputs, checks, of.storage, of.metas, of.fresh
-    )
-    graph.prune()
-    return graph
 
 
 def _products_apart(graph: StepGraph, varying: set[int]) -> StepGraph:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from fastwm.planning.base import Planner
+from fastwm.planning.base import Planner, check_share
 from fastwm.planning.imagination import Imagination, Imagined
 from fastwm.planning.returns import elites, moments, until_done, where_rows
 from fastwm.planning.traced import Ask
@@ -53,8 +53,8 @@ class TDMPC2Planner(Planner):
         value: a TensorDict module that writes ``value_key``: ``[..., 1]``, or ``[..., V]`` for an ensemble,
             of which the mean of a random pair is taken. None: rewards alone count.
         value_key: default ``"state_action_value"``, what ``torchrl.modules.ValueOperator`` writes.
-        discount: per step. The official code derives it from the length of an episode,
-            :meth:`discount_for`; 0.99 is TD-MPC's.
+        discount: per step. The official code derives it from the length of an episode:
+            ``fastwm.models.tdmpc2.discount_of``; 0.99 is TD-MPC's.
         planning_horizon, num_samples, num_elites, num_pi_trajs: 3, 512, 64, 24 (0 without a policy) in the
             official code's ``config.yaml``.
         temperature, min_std, max_std: 0.5, 0.05 and 2 there.
@@ -120,10 +120,7 @@ class TDMPC2Planner(Planner):
         )  # fmt: skip
         if num_pi_trajs is None:
             num_pi_trajs = 0 if policy is None else min(24, num_samples - 1)
-        if not 1 <= num_elites <= num_samples:
-            raise ValueError(
-                f"num_elites={num_elites} of num_samples={num_samples}: it must be from 1 up to that."
-            )
+        check_share("num_elites", num_elites, "num_samples", num_samples)
         if not 0 <= num_pi_trajs < num_samples:
             raise ValueError(
                 f"num_pi_trajs={num_pi_trajs} of num_samples={num_samples}: some must be left to draw."
@@ -145,18 +142,6 @@ class TDMPC2Planner(Planner):
         self.plan_key = plan_key
         self.init_key = init_key
         self.out_keys = [action_key, plan_key]
-
-    @staticmethod
-    def discount_for(episode_length: int) -> float:
-        """The official code's discount for episodes of so many steps.
-
-        Example:
-            >>> from fastwm.planning import TDMPC2Planner
-            >>> TDMPC2Planner.discount_for(200)
-            0.975
-        """
-        part = episode_length / 5
-        return min(max((part - 1) / part, 0.95), 0.995)
 
     def _asks(self) -> list[Ask]:
         asks = [("candidates", self.num_samples - self.num_pi_trajs)]
@@ -192,8 +177,8 @@ class TDMPC2Planner(Planner):
         prior = imagine.policy(self.num_pi_trajs) if self.num_pi_trajs else None
         drawn = self._sequences(imagine, self.num_samples - self.num_pi_trajs)
         for _ in range(self.iterations):
-            actions = mean.unsqueeze(1) + std.unsqueeze(1) * self._randn(imagine, *drawn)
-            imagined = imagine.candidates(self._projected(actions))
+            actions = self._around(mean, std, self._randn(imagine, *drawn))
+            imagined = imagine.candidates(actions)
             if prior is not None:
                 imagined = _joined(prior, imagined)
             best = elites(self._scores(imagine, imagined), imagined.actions, self.num_elites)
