@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -14,7 +12,7 @@ from fastwm.planning.imagination import Path
 from fastwm.tracing import preserved_random_state
 from fastwm.watch import TooLarge, Watch
 
-__all__ = ["Members", "members_of"]
+__all__ = ["Found", "Members", "members_of"]
 
 
 class Members(TensorDictModuleBase):
@@ -45,10 +43,16 @@ class Members(TensorDictModuleBase):
         return functional_call(self.value, chosen, (tensordict,))
 
 
-class _Found:
-    """What was found about a value, and what that rests on."""
+class Found:
+    """What was found about a value, and what that rests on.
+
+    Attributes:
+        members: evaluates a pair of it alone; None where that is no less work, or where it was tried and
+            did not give what the whole ensemble gave.
+    """
 
     def __init__(self, value: nn.Module, members: Members | None) -> None:
+        self.value = value
         self.members = members
         self.watch: Watch | None = None
         try:
@@ -61,22 +65,20 @@ class _Found:
 
 
 def members_of(
-    value: TensorDictModuleBase, key: Path, state: TensorDictBase, known: dict[Any, Any]
-) -> Members | None:
-    """A module that evaluates a pair of an ensemble's members alone; None where that is no less work, or
-    where it was tried and did not give what the whole ensemble gave.
+    value: TensorDictModuleBase, key: Path, state: TensorDictBase, found: Found | None
+) -> Found:
+    """Whether a pair of an ensemble's members can be evaluated alone.
 
     Args:
         value: the ensemble.
         key: of what it writes.
         state: something for it to read.
-        known: what was found before; written.
+        found: what was found before, of this value or another.
     """
-    found = known.get("members")
-    if found is None or not found.holds():
-        with preserved_random_state(state.device):
-            found = known["members"] = _Found(value, _tried(value, key, state))
-    return found.members
+    if found is not None and found.value is value and found.holds():
+        return found
+    with preserved_random_state(state.device):
+        return Found(value, _tried(value, key, state))
 
 
 def _tried(value: TensorDictModuleBase, key: Path, state: TensorDictBase) -> Members | None:

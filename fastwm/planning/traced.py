@@ -17,7 +17,7 @@ from fastwm.assemble import leaves
 from fastwm.engines.fused import NotFusible
 from fastwm.fast_env import FastEnv
 from fastwm.plan import Plan, fuse_now, plan_for
-from fastwm.planning.ensemble import Members, members_of
+from fastwm.planning.ensemble import Found, Members, members_of
 from fastwm.planning.graph import Recorded
 from fastwm.planning.imagination import (
     Imagination,
@@ -50,15 +50,15 @@ class _Known:
 
     Attributes:
         pieces: by plan and use, least recently used first.
-        members: see :func:`fastwm.planning.ensemble.members_of`.
-        bootstraps: policy and pair of values, by the latter.
+        found: see :func:`fastwm.planning.ensemble.members_of`.
+        paired: the bootstrap with a pair of values in the ensemble's place, and what it was made from.
         recorded: whole decisions, as CUDA graphs.
     """
 
     def __init__(self) -> None:
         self.pieces: OrderedDict[Any, Piece] = OrderedDict()
-        self.members: dict[Any, Any] = {}
-        self.bootstraps: dict[Members, TensorDictSequential] = {}
+        self.found: Found | None = None
+        self.paired: tuple[TensorDictSequential, Members, TensorDictSequential] | None = None
         self.recorded = Recorded()
 
 
@@ -118,14 +118,16 @@ class TracedImagination(Imagination):
         assert self.keys.value is not None
         td = rows_of(self.start, 1)
         td.set(self.keys.action, self.action.expand(self.batch, *self.action.shape))
-        self._members = members_of(value, self.keys.value, td, self.known.members)
+        known = self.known
+        known.found = members_of(value, self.keys.value, td, known.found)
+        self._members = known.found.members
         if self._members is None:
             return bootstrap
-        known = self.known.bootstraps
-        if self._members not in known:
-            known.clear()
-            known[self._members] = TensorDictSequential(action, self._members)
-        return known[self._members]
+        kept = known.paired
+        if kept is None or kept[0] is not bootstrap or kept[1] is not self._members:
+            joined = TensorDictSequential(action, self._members)
+            kept = known.paired = (bootstrap, self._members, joined)
+        return kept[2]
 
     def _bind(self, kind: str, count: int) -> Piece:
         env, keys = self.env, self.keys

@@ -175,6 +175,21 @@ def test_a_pair_of_a_stacked_ensemble_is_evaluated_alone(engine: str, training: 
 
 @pytest.mark.parametrize("engine", FAST)
 @torch.no_grad()
+def test_another_policy_is_seen_beside_an_ensemble_evaluated_in_part(engine: str) -> None:
+    base = spec_env(obs=OBS, action=2, bounded=True)
+    one, other = (tdmpc2(base, latent_dim=16, mlp_dim=24, enc_dim=8, num_q=5).eval() for _ in "ab")
+    for p in [*one.value.parameters(), *one.policy.parameters(), *other.policy.parameters()]:
+        p.add_(0.3 * torch.randn_like(p))
+    plan = TDMPC2Planner(one.env(base), policy=one.policy, value=one.value, **SIZES)
+    observed = TensorDict({"observation": torch.randn(3, OBS)}, [3])
+    state = one.world_model.encode(observed).select("latent")
+    before = decisions(plan, state, engine)
+    plan.policy = other.policy
+    assert_follows(plan, state, engine, before)
+
+
+@pytest.mark.parametrize("engine", FAST)
+@torch.no_grad()
 def test_an_ensemble_that_cannot_be_evaluated_in_part_any_more_is_not(engine: str) -> None:
     base = spec_env(obs=OBS, action=2, bounded=True)
     family = tdmpc2(base, latent_dim=16, mlp_dim=24, enc_dim=8, num_q=5, dropout=0.5).eval()
