@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
-import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -36,8 +34,8 @@ from torchrl.objectives import DreamerActorLoss
 from torchrl.objectives.utils import hold_out_net
 
 import fastwm
-from fastwm.bench.conditions import commit, machine, versions
 from fastwm.bench.limits import measure as measure_limits
+from fastwm.bench.scripts import in_turns, record
 from fastwm.bench.suites.base import linear_macs
 from fastwm.models.rssm.heads import tanh_normal_actor
 from fastwm.tolerances import tolerance
@@ -122,13 +120,7 @@ def measure(
     for want, got in zip(*results, strict=True):
         largest = want.abs().max().item()
         torch.testing.assert_close(got, want, rtol=kind.rtol, atol=kind.rtol * largest + kind.atol)
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 1):
-        for name, run in runs.items():
-            begin = time.thread_time()
-            run(start)
-            taken[name].append(1e3 * (time.thread_time() - begin))
-    return {name: ms[1:] for name, ms in taken.items()}
+    return in_turns({name: partial(run, start) for name, run in runs.items()}, rounds)
 
 
 def main() -> None:
@@ -145,8 +137,6 @@ def main() -> None:
     fastwm.accelerate(fast.env)
     weights = sum(p.numel() * 4 for p in (*eager.env.parameters(), *eager.actor.parameters()))
     peak = measure_limits(weights).peak_gflops
-    where: dict[str, Any] = {"machine": machine("cpu"), "versions": versions()}
-    where["commit"], where["uncommitted_changes"] = commit()
     for batch in options.batch:
         start = TensorDict(
             {"state": torch.randn(batch, STATE), "belief": torch.randn(batch, BELIEF).tanh()},
@@ -163,11 +153,9 @@ def main() -> None:
                 "ratio": round(statistics.median(ratios), 3),
                 "samples_ms": {name: [round(v, 4) for v in values] for name, values in ms.items()},
                 "gflop": round(gflop, 3), "peak_gflops": round(peak, 1),
-                "floor_ms": round(1e3 * gflop / peak, 2), **where,
+                "floor_ms": round(1e3 * gflop / peak, 2),
             }  # fmt: skip
-            options.results.parent.mkdir(parents=True, exist_ok=True)
-            with options.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            record(options.results, row)
             print(batch, what, row["ms"], f"{row['ratio']}x", f"floor {row['floor_ms']} ms", engine)
 
 

@@ -22,9 +22,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,18 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequ
 from torch import Tensor, nn
 from torch.func import functional_call
 from torchrl.data import Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase
 from torchrl.envs.model_based import ModelBasedEnvBase
 from torchrl.modules import MPPIPlanner as TorchRLPlanner
 
-from fastwm.bench.conditions import code_hash, commit, machine, versions
+from fastwm.bench.conditions import code_hash
 from fastwm.bench.limits import measure
+from fastwm.bench.scripts import in_turns, record
+from fastwm.bench.suites.base import linear_macs
 from fastwm.models.family import Family
 from fastwm.models.tdmpc2 import tdmpc2
 from fastwm.planning import MPPIPlanner, TDMPC2Planner
 from fastwm.planning.imagination import members
+from fastwm.specs_env import SpecsEnv
 
 OBSERVATION, ACTION, DISCOUNT = 24, 6, 0.99
 SAMPLES, ELITES, PRIOR, HORIZON, ITERATIONS = 512, 64, 24, 3, 6
@@ -51,7 +53,7 @@ TEMPERATURE, MIN_STD, MAX_STD = 0.5, 0.05, 2.0
 Decide = Callable[[Tensor], Tensor]
 
 
-class Specs(EnvBase):
+class Specs(SpecsEnv):
     """A base env that holds specs and is never run."""
 
     def __init__(self) -> None:
@@ -59,15 +61,6 @@ class Specs(EnvBase):
         self.observation_spec = Composite(observation=Unbounded((OBSERVATION,)))
         self.action_spec = Bounded(-1.0, 1.0, (ACTION,))
         self.reward_spec = Unbounded((1,))
-
-    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
-        raise NotImplementedError("this env only holds specs")
-
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        raise NotImplementedError("this env only holds specs")
-
-    def _set_seed(self, seed: int | None) -> None:
-        raise NotImplementedError("this env only holds specs")
 
 
 class TorchRLEnv(ModelBasedEnvBase):
@@ -261,13 +254,8 @@ def check(found: dict[str, Decide], latent: Tensor) -> dict[str, float]:
 def gflop(family: Any, batch: int) -> dict[str, float]:
     """Matrix products of one decision: what it needs, and as the official code does it."""
 
-    def macs(module: nn.Module) -> int:
-        return sum(
-            m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear)
-        )
-
     networks = family.dynamics, family.reward
-    step, prior = sum(map(macs, networks)), macs(family.policy)
+    step, prior = sum(map(linear_macs, networks)), linear_macs(family.policy)
     weights = family.value.module.ensemble.weights
     one, count = sum(w[0].numel() for w in weights), weights[0].shape[0]
     own = PRIOR * HORIZON * (prior + step)
@@ -277,20 +265,9 @@ def gflop(family: Any, batch: int) -> dict[str, float]:
     drawn = HORIZON * step - shared
     needed = own + shared + ITERATIONS * ((SAMPLES - PRIOR) * drawn + SAMPLES * (prior + 2 * one))
     official = PRIOR * (
-        HORIZON * prior + (HORIZON - 1) * macs(family.dynamics)
+        HORIZON * prior + (HORIZON - 1) * linear_macs(family.dynamics)
     ) + ITERATIONS * SAMPLES * (HORIZON * step + prior + count * one)
     return {"needed": 2e-9 * batch * needed, "official": 2e-9 * batch * official}
-
-
-def time_in_turns(runs: dict[str, Decide], latent: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Processor seconds per decision of all environments, one number per round."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            begin = time.thread_time()
-            run(latent)
-            seconds[name].append(time.thread_time() - begin)
-    return seconds
 
 
 def main() -> None:
@@ -312,27 +289,26 @@ def main() -> None:
             latent = family.world_model.encode(seen)["latent"]
             runs = deciders(family, compiled=not options.no_compile)
             parity = check(runs, latent)
-            seconds = time_in_turns(runs, latent, options.rounds)
+            turns = {name: partial(run, latent) for name, run in runs.items()}
+            ms = in_turns(turns, options.rounds, warmups=0)  # warm from the check
         limits = measure(weights)
         work = gflop(family, batch)
-        medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+        medians = {name: statistics.median(taken) for name, taken in ms.items()}
         peers = {n: m for n, m in medians.items() if "fastwm" not in n}
         best = min(peers, key=lambda name: peers[name])
         row = {
             "what": "tdmpc2 planning", "size": options.size, "environments": batch, "threads": 1,
             "samples": SAMPLES, "iterations": ITERATIONS, "horizon": HORIZON, "rounds": options.rounds,
-            "ms": {name: round(1e3 * m, 2) for name, m in medians.items()},
-            "decisions_per_s": {name: round(batch / m, 3) for name, m in medians.items()},
+            "ms": {name: round(m, 2) for name, m in medians.items()},
+            "decisions_per_s": {name: round(1e3 * batch / m, 3) for name, m in medians.items()},
             "best_peer": best, "fastwm_vs_best_peer": round(peers[best] / medians["fastwm"], 3),
             "gflop": {name: round(value, 2) for name, value in work.items()},
-            "fastwm_gflops": round(work["needed"] / medians["fastwm"], 1),
+            "fastwm_gflops": round(1e3 * work["needed"] / medians["fastwm"], 1),
             "floor_ms": round(1e3 * work["needed"] / limits.peak_gflops, 1),
             "limits": limits.to_dict(), "parity": parity, "how": "median of processor time, in turns",
-            "machine": machine("cpu"), "versions": versions(), "commit": commit()[0], "code": code_hash(),
+            "code": code_hash(),
         }  # fmt: skip
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        with options.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        record(options.results, row)
         print(json.dumps({k: row[k] for k in ("environments", "ms", "decisions_per_s", "best_peer",
               "fastwm_vs_best_peer", "gflop", "fastwm_gflops", "floor_ms", "parity")}, indent=1))  # fmt: skip
 

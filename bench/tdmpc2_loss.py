@@ -1,6 +1,6 @@
 """The model losses of TD-MPC2, forward and backward: the latent rollout on each engine beside a plain loop.
 
-    python -m bench.tdmpc2_loss --size 5M --batch 256
+    python -m bench.tdmpc2_loss --size 5M --batch 256   appends a row to bench/results/tdmpc2_loss.jsonl
 
 All in turns, one thread. The plain loop steps the latent with the dynamics' module and asks each head once
 for all steps, as the official update does. It is first held to the same values: no figure comes from a wrong
@@ -13,12 +13,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 import fastwm
+from fastwm.bench.scripts import record
 from fastwm.models.tdmpc2 import SIZES, TDMPC2Loss, tdmpc2
 from tests.models import spec_env
 
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="5M")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--results", type=Path, default=Path("bench/results/tdmpc2_loss.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -93,9 +96,16 @@ def main() -> None:
             total.backward()
             seconds[name].append((middle - begin, time.process_time() - begin))
     print(f"TD-MPC2 {options.size}, batch {options.batch}, {HORIZON} steps; CPU ms, medians:")
+    ms: dict[str, dict[str, float]] = {}
     for name, found in seconds.items():
         forward, both = (1e3 * statistics.median(one) for one in zip(*found, strict=True))
+        ms[name] = {"forward": round(forward, 2), "forward+backward": round(both, 2)}
         print(f"  {name:<10}  forward {forward:7.1f}   with backward {both:7.1f}")
+    row = {
+        "size": options.size, "batch": options.batch, "steps": HORIZON, "threads": 1,
+        "rounds": options.rounds, "ms": ms,
+    }  # fmt: skip
+    record(options.results, row)
 
 
 if __name__ == "__main__":

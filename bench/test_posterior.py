@@ -12,7 +12,6 @@ result. torchrl's compiled forms draw other numbers, as they or Inductor say, an
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 import warnings
@@ -34,7 +33,7 @@ from torchrl.modules import (
 )
 
 import fastwm.models
-from fastwm.bench.conditions import commit, machine, versions
+from fastwm.bench.scripts import record
 from fastwm.tolerances import tolerance
 
 ACTION, EMBEDDING = 6, 1024
@@ -213,13 +212,11 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    where = {"machine": machine("cpu"), "versions": versions(), "commit": commit()[0]}
     for kind in options.kind:
         ms = in_turns(kind, options.rounds)
         names = ("batch", "time", "belief", "state")
         row = {"kind": kind, **dict(zip(names, SIZES[kind], strict=True)), "threads": 1, "ms": ms}
-        with options.results.open("a") as file:
-            file.write(json.dumps({**row, "rounds": options.rounds, **where}) + "\n")
+        record(options.results, {**row, "rounds": options.rounds})
         for name, found in ms.items():
             ratios = [ms["torchrl"][what] / value for what, value in found.items()]
             print(

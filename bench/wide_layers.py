@@ -9,7 +9,6 @@ in turns; the smallest of several rounds, since wide layers take long and the ma
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
 from pathlib import Path
@@ -18,8 +17,8 @@ import torch
 from tensordict import TensorDict
 
 import fastwm
-from fastwm.bench.conditions import commit, machine, versions
 from fastwm.bench.providers.env_rollout import environment
+from fastwm.bench.scripts import record
 from fastwm.bench.suites import MLPWorldModel
 
 LATENT, ACTION, STEPS = 64, 6, 5
@@ -55,7 +54,6 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    where = {"machine": machine("cpu"), "versions": versions(), "commit": commit()[0]}
     for hidden in options.hidden:
         for batch in options.batch:
             for grad in (False, True):
@@ -63,10 +61,9 @@ def main() -> None:
                 row = {
                     "hidden": hidden, "batch": batch, "steps": STEPS, "gradients": grad, "threads": 1,
                     "ms": {k: round(v, 4) for k, v in ms.items()},
-                    "captured_over_fused": round(ms["captured"] / ms["fused"], 3), **where,
+                    "captured_over_fused": round(ms["captured"] / ms["fused"], 3),
                 }  # fmt: skip
-                with options.results.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                record(options.results, row)
                 what = "gradients" if grad else "forward"
                 print(hidden, batch, what, row["ms"], row["captured_over_fused"])
 

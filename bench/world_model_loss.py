@@ -1,6 +1,6 @@
 """`WorldModelLoss` forward and backward on each engine, beside torchrl's class: what its ``"auto"`` rests on.
 
-    python bench/world_model_loss.py [--device cuda] [--batch 256 1 --batch 16 50 ...] [--rounds 100]
+    python bench/world_model_loss.py       appends rows to bench/results/world_model_loss.jsonl
 
 World model of MLPs (latent 64, hidden 256, two layers, action 6, observation 32), reward, done (cross-entropy
 of logits) and latent losses. One thread; medians over rounds, the engines in turns, and medians of the ratios
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,20 +24,12 @@ from torchrl.modules import MLP
 from torchrl.objectives.world_model_loss import WorldModelLoss as TorchRLLoss
 
 import fastwm
-from fastwm.bench.timing import synchronizer
+from fastwm.bench.scripts import in_turns, record
+from fastwm.models.layers import Concat
 from fastwm.tolerances import tolerance
 
 OBS, LATENT, HIDDEN, ACTION = 32, 64, 256, 6
 ENGINES = ("eager", "fused", "captured")
-
-
-class Concat(torch.nn.Module):
-    def __init__(self, size: int, out: int) -> None:
-        super().__init__()
-        self.net = MLP(size, out, num_cells=[HIDDEN, HIDDEN])
-
-    def forward(self, *parts: Tensor) -> Tensor:
-        return self.net(torch.cat(parts, -1))
 
 
 def world_model() -> fastwm.WorldModel:
@@ -45,7 +37,7 @@ def world_model() -> fastwm.WorldModel:
     latent = ("next", "latent")
     return fastwm.WorldModel(
         Mod(MLP(OBS, LATENT, **hidden), ["observation"], ["latent"]),
-        Mod(Concat(LATENT + ACTION, LATENT), ["latent", "action"], [latent]),
+        Mod(Concat(MLP(LATENT + ACTION, LATENT, **hidden)), ["latent", "action"], [latent]),
         Mod(MLP(LATENT, 1, **hidden), [latent], [("next", "reward")]),
         done_head=Mod(MLP(LATENT, 1, **hidden), [latent], [("next", "done")]),
     )
@@ -97,17 +89,7 @@ def measure(size: list[int], device: str, rounds: int) -> dict[str, list[float]]
             ("loss.gradient", gradients, results["torchrl"][1]),
         ):
             torch.testing.assert_close(got, want, **tolerance(what, torch.float32).kwargs())
-    clock = time.thread_time if device == "cpu" else time.perf_counter
-    wait = synchronizer(device)
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 5):
-        for name, run in runs.items():
-            wait()
-            begin = clock()
-            run()
-            wait()
-            taken[name].append(1e3 * (clock() - begin))
-    return {name: ms[5:] for name, ms in taken.items()}
+    return in_turns(runs, rounds, warmups=5, device=device)
 
 
 def main() -> None:
@@ -115,17 +97,26 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, nargs="+", action="append", help="of one batch")
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument(
+        "--results", type=Path, default=Path("bench/results/world_model_loss.jsonl")
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     for size in options.batch or [[256, 1], [16, 50], [1], [4096]]:
         found = measure(size, options.device, options.rounds)
         before = found["fused" if options.device == "cpu" else "eager"]
-        ratios = "  ".join(
-            f"{name} {statistics.median(ms):.3f} ms "
-            f"({statistics.median(b / m for b, m in zip(before, ms, strict=True)):.3f}x)"
-            for name, ms in found.items()
-        )
-        print(f"batch {size}: {ratios}", flush=True)
+        ms = {name: round(statistics.median(taken), 4) for name, taken in found.items()}
+        ratios = {
+            name: round(statistics.median(b / m for b, m in zip(before, taken, strict=True)), 3)
+            for name, taken in found.items()
+        }
+        row = {
+            "batch": size, "device": options.device, "threads": 1, "rounds": options.rounds,
+            "ms": ms, "auto_before_over": ratios,
+        }  # fmt: skip
+        record(options.results, row, options.device)
+        shown = "  ".join(f"{name} {ms[name]:.3f} ms ({ratios[name]:.3f}x)" for name in ms)
+        print(f"batch {size}: {shown}", flush=True)
 
 
 if __name__ == "__main__":

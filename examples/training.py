@@ -71,9 +71,7 @@ class Run:
         torchrl.logger.setLevel("WARNING")
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(self.seed)
-        found = {"machine": conditions.machine("cpu"), "versions": conditions.versions()}
-        found["commit"], found["uncommitted_changes"] = conditions.commit()
-        self._conditions = found
+        self._conditions = conditions.stamp()
 
     @classmethod
     def from_command_line(

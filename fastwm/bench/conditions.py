@@ -15,7 +15,7 @@ import torch
 
 import fastwm
 
-__all__ = ["code_hash", "commit", "machine", "versions"]
+__all__ = ["code_hash", "commit", "machine", "stamp", "versions"]
 
 # pandas takes part by its absence: tensordict 0.14 looks for it along sys.path at each key that it writes,
 # which is quick only once it is imported.
@@ -97,3 +97,12 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def stamp(device: str = "cpu") -> dict[str, Any]:
+    """Machine, versions, commit and whether the code differs from that, for a row or a curve."""
+    found, changed = commit()
+    return {
+        "machine": machine(device), "versions": versions(),
+        "commit": found, "uncommitted_changes": changed,
+    }  # fmt: skip

@@ -16,11 +16,12 @@ from fastwm.bench.problem import Problem, gradients
 from fastwm.bench.providers import torch_compile
 from fastwm.bench.providers.base import Built, Unavailable
 from fastwm.bench.suites import Parts
+from fastwm.specs_env import SpecsEnv
 
 __all__ = ["environment", "fastwm", "torchrl"]
 
 
-class _Specs(EnvBase):
+class _Specs(SpecsEnv):
     """A base env that holds specs and is never run.
 
     It is batched and its observation is the carry: otherwise torchrl 0.14.1 loses the specs' last
@@ -36,15 +37,6 @@ class _Specs(EnvBase):
         )
         self.action_spec = Unbounded((batch, action), device=device)
         self.reward_spec = Unbounded((batch, 1), device=device)
-
-    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
-        raise NotImplementedError("this env only holds specs")
-
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        raise NotImplementedError("this env only holds specs")
-
-    def _set_seed(self, seed: int | None) -> None:
-        raise NotImplementedError("this env only holds specs")
 
 
 def environment(

@@ -14,7 +14,8 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.data import Composite, Unbounded
-from torchrl.envs import EnvBase
+
+from fastwm.specs_env import SpecsEnv
 
 __all__ = ["Sequence", "SequenceModel", "SequenceSpecs", "SequenceStep", "cleared"]
 
@@ -132,7 +133,7 @@ class SequenceModel(nn.Module):
         self.step_module = step_module
 
 
-class SequenceSpecs(EnvBase):
+class SequenceSpecs(SpecsEnv):
     """The specs of the internal env. It is never stepped.
 
     What a step writes besides the latents is a reward to it: under "next" at each step, and never
@@ -157,15 +158,6 @@ class SequenceSpecs(EnvBase):
         for key, shape in shapes.items():
             spec.set(key, Unbounded(shape, dtype=dtype, device=self.device))
         return spec
-
-    def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDictBase:
-        raise NotImplementedError
-
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        raise NotImplementedError
-
-    def _set_seed(self, seed: int | None) -> None:
-        raise NotImplementedError
 
 
 def after_reset(

@@ -12,9 +12,9 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchrl.data import Binary, Composite, Unbounded
-from torchrl.envs import EnvBase
 
 from fastwm.env import WorldModelEnv
+from fastwm.specs_env import SpecsEnv
 
 __all__ = ["HeadsStep", "training_env"]
 
@@ -95,7 +95,7 @@ def _spec(values: dict[Any, torch.Tensor]) -> Composite:
     return spec
 
 
-class _Specs(EnvBase):
+class _Specs(SpecsEnv):
     """Specs alone."""
 
     def __init__(
@@ -106,12 +106,3 @@ class _Specs(EnvBase):
         self.full_action_spec = action.to(device)
         self.full_reward_spec = reward.to(device)
         self.full_done_spec = Composite(done=Binary(shape=(1,), dtype=torch.bool)).to(device)
-
-    def _reset(self, tensordict: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-    def _step(self, tensordict: Any) -> Any:
-        raise NotImplementedError
-
-    def _set_seed(self, seed: int | None) -> None:
-        raise NotImplementedError
