@@ -50,6 +50,8 @@ for suite in mlp rssm tdmpc2 rssm_v3 mbpo; do
   step "bench-$suite" 200 "$PYTHON" -m fastwm bench --device cuda --suite "$suite" --horizon 15 \
     --batch $batches --seconds 3 --rounds 5 25 --results "$RESULTS"
 done
+step world-model-loss 60 "$PYTHON" bench/world_model_loss.py --device cuda --batch 256 --batch 16384 \
+  --rounds 50 --results "$RESULTS/world_model_loss.jsonl"
 # racecheck sees shared memory; a tile's scratch is global, whose barriers the tests watch in the interpreter.
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
